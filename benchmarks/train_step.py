@@ -1,0 +1,152 @@
+"""Training tokens/s of our Doge, transformers' Doge and transformers' Llama of equal size, in turn, in one run.
+
+One step is forward, backward and a fused AdamW update on the same random tokens, without data loading. The three
+models take turns in every round, so that a noisy machine is unfair to none; the median over rounds is reported, with
+the FLOP a token costs (the roofline's numerator) and the share of the chip's peak beside it.
+
+    python benchmarks/train_step.py --sizes tiny --row_length 256 --rows 16 --modes eager     # a CPU
+    python benchmarks/train_step.py --sizes 20m,60m,160m,320m --modes eager,compiled          # one GPU, bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+
+from small_doge.models import DogeConfig, DogeForCausalLM, config_for
+from small_doge.training.estimates import flops_per_token, peak_flops
+
+ROWS = {"tiny": 16, "20m": 32, "60m": 16, "160m": 8, "320m": 4}  # micro-batches the dense mask still fits into
+
+
+def build(kind: str, config: DogeConfig) -> torch.nn.Module:
+    """A model of one of the three kinds, of the size of ``config``."""
+    if kind == "ours":
+        return DogeForCausalLM(config)
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    same = {name: getattr(config, name) for name in (*names.split(), "max_position_embeddings", "tie_word_embeddings")}
+    if kind == "transformers Doge":
+        return transformers.DogeForCausalLM(transformers.DogeConfig(**same, keep_window_size=config.keep_window_size))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**same))
+
+
+def stepper(model: torch.nn.Module, compiled: bool, ids: torch.Tensor):
+    """A function that trains one step; bfloat16 autocast on a GPU, float32 on a CPU."""
+    model.to(ids.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    run = torch.compile(model, dynamic=False) if compiled else model
+
+    def step() -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(step, repeats: int, device: torch.device) -> float:
+    """Seconds of one step, averaged over ``repeats``."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def measure(size: str, mode: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """One row a model kind."""
+    config = config_for(size, vocab_size=args.vocab_size, max_position_embeddings=args.row_length)
+    rows = args.rows or ROWS[size]
+    ids = torch.randint(0, args.vocab_size, (rows, args.row_length), device=device)
+    steps, times, gib = {}, {kind: [] for kind in args.kinds}, {}
+    for kind in args.kinds:
+        torch.manual_seed(0)
+        torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        steps[kind] = stepper(build(kind, config), mode == "compiled", ids)
+        seconds(steps[kind], args.warmup, device)
+        gib[kind] = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else float("nan")
+        gc.collect()
+        torch.cuda.empty_cache() if device.type == "cuda" else None
+    for _ in range(args.rounds):
+        for kind, step in steps.items():
+            times[kind].append(seconds(step, args.repeats, device))
+    flops, peak = flops_per_token(config, args.row_length), peak_flops(device, bf16=True)
+    results = []
+    for kind in args.kinds:
+        rate = rows * args.row_length / median(times[kind])
+        row = {"size": size, "mode": mode, "model": kind, "rows": rows, "row_length": args.row_length}
+        row |= {"tokens_per_second": round(rate), "ms_per_step": round(1e3 * median(times[kind]), 2)}
+        row |= {"fastest_ms": round(1e3 * min(times[kind]), 2), "peak_gib": round(gib[kind], 2)}
+        row |= {"mflop_per_token": round(flops / 1e6, 1), "mfu": round(rate * flops / peak, 4) if peak else ""}
+        base = median(times["transformers Doge"]) if "transformers Doge" in times else float("nan")
+        row |= {"times_transformers_doge": round(base / median(times[kind]), 2)}
+        results.append(row)
+        print(
+            f"{size:>5} {mode:<9} {kind:<18} {rate:>12,.0f} tok/s  {row['times_transformers_doge']:>5} x Doge  "
+            f"{row['peak_gib']:>6} GiB  MFU {row['mfu']}",
+            flush=True,
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="tiny")
+    parser.add_argument("--modes", default="eager", help="eager, compiled or both")
+    parser.add_argument("--kinds", default="ours,transformers Doge,transformers Llama")
+    parser.add_argument("--row_length", type=int, default=2048)
+    parser.add_argument("--rows", type=int, help="rows a step; by default what fits the dense mask at each size")
+    parser.add_argument("--vocab_size", type=int, default=32768)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "train_step.csv"))
+    args = parser.parse_args()
+    args.kinds = args.kinds.split(",")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    where = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": os.environ.get("COMMIT") or git.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    rows = []
+    for size in args.sizes.split(","):
+        for mode in args.modes.split(","):
+            rows += [row | where for row in measure(size, mode, args, device)]
+            torch.compiler.reset()
+            gc.collect()
+            path = Path(args.output)  # written after every size, so that a run that is cut short leaves what it had
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The `doge` command: one thin function a stage, recipes from YAML, mistakes in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import importlib
+import sys
+import traceback
+from typing import Any
+
+from . import recipe as recipes
+from .errors import UserError
+
+# stage: module with its recipe and its function, their names, what it does, and the field a bare argument fills.
+_STAGES = {
+    "demo": ("demo", "DemoRecipe", "demo", "the whole way on a laptop: text to tokenizer to model to report", None),
+    "tokenizer": ("data.tokenizer", "TokenizerRecipe", "train_tokenizer", "train a tokenizer on a corpus", None),
+    "prepare": ("data.packing", "PrepareRecipe", "prepare", "encode a corpus into packed rows of tokens", None),
+    "pretrain": ("training.pretrain", "PretrainArguments", "pretrain", "train a model on packed tokens", None),
+    "evaluate": ("evaluation.evaluate", "EvaluateRecipe", "evaluate", "bits per byte on held-out text", "model"),
+    "generate": ("inference.generate", "GenerateRecipe", "generate", "complete a prompt", "prompt"),
+    "report": ("report.page", "ReportRecipe", "report", "one page about a run", "run_dir"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage; returns the exit status: 0, 1 after a mistake, 2 for a wrong call, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="doge",
+        description="Small Doge: train, evaluate and run small language models.",
+        epilog="doge STAGE --help lists the fields of a stage's recipe.",
+    )
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    for name, (*_, what, bare) in _STAGES.items():
+        stage = stages.add_parser(name, help=what, add_help=False, allow_abbrev=False)
+        stage.add_argument("-h", "--help", action="store_true")
+        stage.add_argument("--config", metavar="RECIPE.yaml")
+        stage.add_argument("--verbose", action="store_true")
+        if bare:
+            stage.add_argument(bare, nargs="?", default=argparse.SUPPRESS)
+    known, rest = parser.parse_known_args(argv)
+    try:
+        return _run(known, rest)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        message = _one_sentence(error)
+        if message is None or known.verbose:
+            traceback.print_exc()
+        if message:
+            print(f"doge {known.stage}: {message}", file=sys.stderr)
+        return 1
+
+
+def _run(known: argparse.Namespace, rest: list[str]) -> int:
+    module_name, recipe_name, function_name, what, bare = _STAGES[known.stage]
+    overrides = _overrides(rest) if not known.help else {}
+    if bare and hasattr(known, bare):
+        overrides[bare] = getattr(known, bare)
+    module = importlib.import_module(f".{module_name}", __package__)
+    cls = getattr(module, recipe_name)
+    if known.help:
+        print(_describe(known.stage, what, cls, bare))
+        return 0
+    getattr(module, function_name)(recipes.load(cls, known.config, overrides))
+    return 0
+
+
+def _overrides(words: list[str]) -> dict[str, Any]:
+    """``--field value``, ``--field=value`` and a bare ``--field`` (true) to fields and values."""
+    fields: dict[str, Any] = {}
+    i = 0
+    while i < len(words):
+        if not words[i].startswith("--") or words[i] == "--":
+            raise UserError(f"found {words[i]!r}, expected `--field value`")
+        name, equals, text = words[i][2:].partition("=")
+        i += 1
+        if not equals and i < len(words) and not words[i].startswith("--"):
+            equals, text = "=", words[i]
+            i += 1
+        fields[name.replace("-", "_")] = recipes.parse_value(text) if equals else True
+    return fields
+
+
+def _describe(stage: str, what: str, cls: type, bare: str | None) -> str:
+    """The fields of a recipe with their defaults and meanings."""
+    usage = f"doge {stage}{f' [{bare.upper()}]' if bare else ''} [--config RECIPE.yaml] [--field value …] [--verbose]"
+    lines = [f"usage: {usage}", "", what, "", "fields:"]
+    for field in dataclasses.fields(cls):
+        if "help" in field.metadata:
+            default = field.default if field.default is not dataclasses.MISSING else None
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            shown = "" if default is None else f" (default: {default})"
+            lines.append(f"  --{field.name:<24} {field.metadata['help']}{shown}")
+    if any(base.__name__ == "TrainingArguments" for base in cls.__mro__):
+        lines.append("  and every field of transformers.TrainingArguments")
+    return "\n".join(lines)
+
+
+def _one_sentence(error: BaseException) -> str | None:
+    """What to tell the user, or None for what looks like a mistake of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        # safetensors and torch report a full disk as errors of their own, with the system's words in them.
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or any(w in str(cause) for w in ("No space left", "File too large", "PytorchStreamWriter failed")):
+            return "the disk is full, expected room for the files this stage writes; what was finished before is whole"
+        if isinstance(cause, PermissionError):
+            return f"no permission to use {cause.filename}"
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -1,0 +1,1 @@
+"""Text to tokens: corpora, the tokenizer, packed rows, conversations and preferences."""

@@ -1,0 +1,113 @@
+"""Configuration of the Doge model, field for field that of transformers' Doge, plus what its first releases need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class DogeConfig(PreTrainedConfig):
+    """What a Doge model is made of.
+
+    Fields shared with transformers' ``DogeConfig`` keep its names *and its defaults*: a ``config.json`` leaves out
+    what equals the default, so another default would read the same file as another model.
+
+    Args:
+        vocab_size: entries of the token embedding.
+        hidden_size: width C of the hidden states.
+        intermediate_size: width of the SwiGLU.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: query heads H.
+        num_key_value_heads: key/value heads G; H must be a multiple. None means H.
+        head_dim: size D of a head; None means ``hidden_size / num_attention_heads``.
+        keep_window_size: how many keys a query keeps, w (Dynamic Mask Attention).
+        local_window: the last ``local_window`` keys stay visible whatever their score; 0 is the published behaviour.
+        qk_norm: RMSNorm on q and k, as in transformers 5; False for checkpoints of the first releases.
+        mask_heads: heads that A and Wdt give scores for: G (None means that), or H in the first releases.
+        max_position_embeddings: trained length; RoPE scaling of type ``dynamic`` starts beyond it.
+        rope_parameters: transformers' RoPE parameters, such as ``{"rope_type": "default", "rope_theta": 10000.0}``.
+        is_moe, num_experts, num_experts_per_tok, norm_topk_prob, output_router_logits, router_aux_loss_coef:
+            the Cross Domain Mixture of Experts; a model with ``is_moe`` cannot be built yet.
+
+    Raises:
+        ValueError: if sizes are not positive or do not divide, if ``mask_heads`` is neither G nor H, for a
+            ``sliding_window`` (the window is ``keep_window_size``), or for a ``dynamic_mask_ratio`` other than 0 (the
+            first release then ranked future keys too, which no causal model can reproduce).
+    """
+
+    model_type = "doge"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers reads a list
+
+    vocab_size: int = 32768
+    hidden_size: int = 1024
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 32
+    hidden_dropout: float | int = 0.0
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-06
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    rope_parameters: Any = None
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int | None = 0.0
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    keep_window_size: int = 2048
+    local_window: int = 0
+    qk_norm: bool = True
+    mask_heads: int | None = None
+    is_moe: bool = False
+    num_experts: int = 16384
+    num_experts_per_tok: int = 64
+    norm_topk_prob: bool = False
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # The first releases wrote one switch for all biases, and a ratio of keys to mask.
+        if kwargs.pop("hidden_bias", False):
+            self.attention_bias = self.mlp_bias = True
+        ratio = kwargs.pop("dynamic_mask_ratio", 0.0)
+        if ratio:
+            raise ValueError(
+                f"dynamic_mask_ratio is {ratio}, expected 0: any other value let the first release look at future keys"
+            )
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self._check()
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.mask_heads = self.mask_heads or self.num_key_value_heads
+        super().__post_init__(**kwargs)
+
+    @property
+    def heads(self) -> tuple[int, int, int, int]:
+        """H query heads, G key/value heads, M score heads, and the size D of a head."""
+        G, M, D = self.num_key_value_heads, self.mask_heads, self.head_dim
+        return self.num_attention_heads, G, M, D  # type: ignore[return-value]  # set when the config was made
+
+    def _check(self) -> None:
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*names, "num_key_value_heads", "keep_window_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        H, G = self.num_attention_heads, self.num_key_value_heads or 1
+        if self.head_dim is None and self.hidden_size % H:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {H}")
+        if (self.head_dim or self.hidden_size // H) % 2:
+            raise ValueError(f"head_dim is {self.head_dim or self.hidden_size // H}, expected an even number for RoPE")
+        if H % G:
+            raise ValueError(f"num_attention_heads {H} is not a multiple of num_key_value_heads {G}")
+        if self.mask_heads not in (None, G, H):
+            raise ValueError(f"mask_heads is {self.mask_heads}, expected {G} (key/value heads) or {H} (query heads)")
+        if self.local_window < 0:
+            raise ValueError(f"local_window is {self.local_window}, expected 0 or more")
+        if self.sliding_window is not None:
+            raise ValueError(f"sliding_window is {self.sliding_window}, expected null: keep_window_size is the window")

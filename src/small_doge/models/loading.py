@@ -1,0 +1,43 @@
+"""Opening a model folder for use, with mistakes told in one sentence."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .modeling_doge import DogeForCausalLM
+
+
+def load_model(model: str | os.PathLike, **kwargs) -> DogeForCausalLM:
+    """A Doge language model from a folder or a Hub name, in eval mode; ``kwargs`` go to ``from_pretrained``.
+
+    Raises:
+        UserError: if there is no such model, it is not a Doge model, or its weights are cut short or do not fit.
+    """
+    from transformers import AutoConfig
+
+    from .modeling_doge import DogeForCausalLM
+
+    name = os.fspath(model)
+    looks_local = os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/"))
+    if looks_local and not os.path.isfile(os.path.join(name, "config.json")):
+        found = "is a folder without a config.json" if os.path.isdir(name) else "does not exist"
+        raise UserError(f"model {name} {found}; expected a folder that pretraining or save_pretrained wrote")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != "doge":
+            raise UserError(f"model {name} is of type {config.model_type!r}, expected 'doge'")
+        loaded, info = DogeForCausalLM.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise UserError(f"the weights of model {name} are cut short or damaged ({error})") from error
+    except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"model {name} cannot be opened: {str(error).strip().splitlines()[0]}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"the weights of model {name} lack {len(missing)} tensors, the first {missing[0]}")
+    return loaded.eval()

@@ -1,0 +1,338 @@
+"""The Doge model on transformers' building blocks, with the tensor names of transformers' own Doge.
+
+Shape suffixes: B rows, T new tokens, Tk keys with those in the cache, C hidden, H query heads, G key/value heads,
+M score heads, D head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from ..ops.dynamic_mask import dynamic_mask_attention
+from .checkpoints import FIRST_RELEASE_NAMES, stored_shapes
+from .configuration_doge import DogeConfig
+from .masks import visible_keys
+from .rotary import grows_with_length, rotary_angles, rotate
+
+
+class DogeRMSNorm(nn.RMSNorm):
+    """x / √(mean(x²) + ε) · weight over the last dimension (arXiv:1910.07467), computed in at least float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        compute = torch.promote_types(x.dtype, torch.float32)
+        normed = F.rms_norm(x.to(compute), self.normalized_shape, self.weight.to(compute), self.eps)
+        return normed.to(torch.promote_types(x.dtype, self.weight.dtype))
+
+
+class DogeAttention(nn.Module):
+    """Dynamic Mask Attention: every key carries a score from its own value state (see ``ops.dynamic_mask``)."""
+
+    def __init__(self, config: DogeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        C, bias = config.hidden_size, config.attention_bias
+        H, G, M, self.head_dim = config.heads
+        self.q_proj = nn.Linear(C, H * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(C, G * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(C, G * self.head_dim, bias=bias)
+        self.A = nn.Parameter(torch.zeros(M))
+        self.dt_proj = nn.Linear(G * self.head_dim, M, bias=bias)
+        self.o_proj = nn.Linear(H * self.head_dim, C, bias=bias)
+        self.q_norm = DogeRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = DogeRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def scores(self, v: torch.Tensor) -> torch.Tensor:
+        """s = exp(A · softplus(Wdt v)): values (B, G, Tk, D) → scores (B, M, Tk), in at least float32."""
+        dt = self.dt_proj(v.transpose(1, 2).flatten(2))  # (B, Tk, M)
+        compute = torch.promote_types(dt.dtype, torch.float32)
+        return torch.exp(self.A.to(compute) * F.softplus(dt.to(compute))).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        q_angles: tuple[torch.Tensor, torch.Tensor],
+        k_angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+        mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, C) → (B, T, C) and, if asked for, the weights (B, H, T, Tk).
+
+        ``k_angles`` are the angles of all Tk keys where they change as the text grows, and keys are cached unrotated;
+        None where a key's angle is fixed, and keys are cached rotated.
+        """
+        B, T, _ = hidden_states.shape
+        q = self.q_norm(self.q_proj(hidden_states).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(hidden_states).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q = rotate(q, q_angles)
+        if k_angles is None:
+            k = rotate(k, q_angles)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, G, Tk, D)
+        if k_angles is not None:
+            k = rotate(k, k_angles)
+        out, weights = dynamic_mask_attention(
+            q,
+            k,
+            v,
+            self.scores(v),
+            self.config.keep_window_size,
+            mask=mask,
+            local_window=self.config.local_window,
+            dropout_p=self.config.attention_dropout or 0.0 if self.training else 0.0,
+            return_weights=output_attentions,
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1)), weights
+
+
+class DogeMLP(nn.Module):
+    """SwiGLU: down(act(gate x) · up x)."""
+
+    def __init__(self, config: DogeConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DogeDecoderLayer(GradientCheckpointingLayer):
+    """h ← r₁·h + attention(norm h);  h ← r₂·h + mlp(norm h), with learnable per-channel residual weights r₁, r₂."""
+
+    def __init__(self, config: DogeConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_dropout = config.hidden_dropout
+        self.input_layernorm = DogeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DogeAttention(config, layer_idx)
+        self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
+        self.post_attention_layernorm = DogeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = DogeMLP(config)
+        self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        attended = F.dropout(attended, p=self.hidden_dropout, training=self.training)
+        hidden_states = self.input_residual * hidden_states + attended
+        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        transformed = F.dropout(transformed, p=self.hidden_dropout, training=self.training)
+        return self.post_attention_residual * hidden_states + transformed, weights
+
+
+class DogePreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the Doge models."""
+
+    config: DogeConfig
+    config_class = DogeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DogeDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # A zero A makes every score 1: Dynamic Mask Attention starts its life as a sliding window.
+        constants = {"A": 0.0, "input_residual": 1.0, "post_attention_residual": 1.0}
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in constants:
+                init.constant_(parameter, constants[name])  # leaves alone what from_pretrained has loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``from_pretrained``, which also opens checkpoints of the first releases.
+
+        Those have other tensor names, no q and k norm, and A and Wdt per query head. Names are translated, and
+        ``qk_norm`` and ``mask_heads`` are set from the shapes stored in the file, whatever its config says.
+        """
+        shapes = stored_shapes(pretrained_model_name_or_path, kwargs)
+        if shapes:
+            config = kwargs.pop("config", None)
+            if not isinstance(config, DogeConfig):
+                hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+                config = DogeConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
+            config = copy.deepcopy(config)
+            A = [shape for name, shape in shapes.items() if name.endswith("self_attn.A")]
+            if A:
+                config.mask_heads = A[0][0]
+                config.qk_norm = any(name.endswith("self_attn.q_norm.weight") for name in shapes)
+            kwargs["config"] = config
+            kwargs.setdefault("key_mapping", FIRST_RELEASE_NAMES)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+class DogeModel(DogePreTrainedModel):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: DogeConfig):
+        super().__init__(config)
+        if config.is_moe:
+            raise NotImplementedError(
+                "is_moe is true, expected false: the Cross Domain Mixture of Experts is not part of this version"
+            )
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([DogeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = DogeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, T) int64; or ``inputs_embeds`` (B, T, C).
+            attention_mask: (B, Tk), 0 for padding, over the keys in the cache and the new ones.
+            position_ids: (B, T) int64. Where they restart within a row, another document begins, and neither sees
+                the other.
+            past_key_values: a cache that grows, such as ``DynamicCache``.
+
+        Raises:
+            ValueError: for both or neither of ids and embeddings, an attention mask that is not (B, Tk), or a cache
+                of fixed size.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False  # the forward pass runs twice, and would fill the cache twice
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=config)
+        if past_key_values is not None and past_key_values.is_compileable:
+            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}, expected a cache that grows")
+
+        T = inputs_embeds.shape[1]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        mask = visible_keys(inputs_embeds, past, attention_mask, position_ids)  # (B, 1, T, past + T) or None
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=inputs_embeds.device)[None]
+        q_angles = rotary_angles(config, position_ids, inputs_embeds.dtype)
+        k_angles = None
+        if past_key_values is not None and grows_with_length(config):
+            # Positions of all keys, counted back from the newest: a row's real tokens are contiguous in its cache.
+            back = torch.arange(past + T, device=inputs_embeds.device) - (past + T - 1)
+            k_angles = rotary_angles(config, (position_ids[:, -1:] + back).clamp(min=0), inputs_embeds.dtype)
+
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states, all_hidden, all_weights = inputs_embeds, [], []
+        for layer in self.layers:
+            all_hidden.append(hidden_states) if output_hidden_states else None
+            hidden_states, weights = layer(
+                hidden_states,
+                q_angles=q_angles,
+                k_angles=k_angles,
+                mask=mask,
+                past_key_values=past_key_values,
+                output_attentions=bool(output_attentions),
+            )
+            all_weights.append(weights) if output_attentions else None
+        hidden_states = self.norm(hidden_states)
+        all_hidden.append(hidden_states) if output_hidden_states else None
+
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=tuple(all_hidden) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
+    """Doge with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DogeConfig):
+        super().__init__(config)
+        self.model = DogeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """As :meth:`DogeModel.forward`, and logits (B, T', vocab), T' being T or what ``logits_to_keep`` asks for.
+
+        Args:
+            labels: (B, T) int64; the loss at t is that of labels[t + 1], and −100 marks what carries none. The mean
+                over labelled tokens, or their sum over ``num_items_in_batch`` where the Trainer passes it.
+            logits_to_keep: how many of the last positions to compute logits for (0: all), or an index tensor.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class DogeForSequenceClassification(GenericForSequenceClassification, DogePreTrainedModel):
+    """Doge with a classification head on the last token that is not padding."""

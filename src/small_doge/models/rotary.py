@@ -1,0 +1,45 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) from transformers' parameters, without any state.
+
+transformers keeps the frequencies in a buffer that a long text changes for the texts after it; here they are a
+function of the configuration and the positions alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration_doge import DogeConfig
+
+
+def grows_with_length(config: DogeConfig) -> bool:
+    """Whether a key's angle depends on how long the text has become, so that keys must be cached unrotated."""
+    return config.rope_parameters["rope_type"] in ("dynamic", "longrope")
+
+
+def rotary_angles(
+    config: DogeConfig, position_ids: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position · frequency: positions (B, T) → two tensors (B, 1, T, D) in ``dtype``.
+
+    With scaling of type ``dynamic`` or ``longrope`` the frequencies are those of a text as long as the largest
+    position of the call.
+    """
+    device, rope_type, scaling = position_ids.device, config.rope_parameters["rope_type"], 1.0
+    if rope_type == "default":
+        D = config.heads[-1]
+        exponents = torch.arange(0, D, 2, device=device, dtype=torch.float32) / D
+        inverse_frequencies = config.rope_parameters["rope_theta"] ** -exponents
+    else:
+        length = int(position_ids.max()) + 1 if grows_with_length(config) else None
+        inverse_frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, device, seq_len=length)
+    angles = position_ids[:, None, :, None].float() * inverse_frequencies.float()  # (B, 1, T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the pairs (x_d, x_{d+D/2}) of x (B, heads, T, D) by ``angles``."""
+    cos, sin = angles
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

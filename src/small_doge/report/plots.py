@@ -1,0 +1,236 @@
+"""The pictures of a report. Each function returns a matplotlib Figure that nothing else holds on to.
+
+Text from the model or the tokenizer is drawn as it is: a dollar sign starts no formula.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart with every common colour blindness; None of them carries meaning alone.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
+WIDTH = 5.4  # inches; on the 390 pixels of a phone the labels then keep some 10 pixels
+STYLE: Any = {
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.edgecolor": "#555555",
+    "axes.labelcolor": "#222222",
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib, so pictures are the same everywhere
+    "svg.hashsalt": "small-doge",  # the same figure gives the same file
+}
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """The one look of all pictures, while a figure is drawn or saved."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of its own (not pyplot's, which would keep it in memory) on the Agg canvas, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as one ``<svg>`` element: no prolog, no metadata, no comments, text as outlines."""
+    buffer = io.StringIO()
+    with _style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    # matplotlib repeats every text in a comment; the text may be a model's.
+    return re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+
+
+def to_png(figure: Figure, dpi: int = 130) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    with _style():
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def to_png_base64(figure: Figure, dpi: int = 130) -> str:
+    """The figure as a PNG in base64, for ``data:image/png;base64,…``."""
+    return base64.b64encode(to_png(figure, dpi)).decode("ascii")
+
+
+def series(history: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one name in a Trainer's log history; entries without it, NaN and infinity are left out."""
+    points = [(entry["step"], entry[name]) for entry in history if name in entry and "step" in entry]
+    points = [(s, v) for s, v in points if isinstance(v, (int, float)) and math.isfinite(v)]
+    return [float(s) for s, _ in points], [float(v) for _, v in points]
+
+
+def loss_figure(history: Sequence[dict[str, Any]]) -> Figure:
+    """Loss in nats per token against the step, for training and held-out text."""
+    return _curves(history, "Loss (nats per token)", loss="training text", eval_loss="held-out text")
+
+
+def bits_per_byte_figure(history: Sequence[dict[str, Any]]) -> Figure:
+    """Bits per byte against the step, for training and held-out text."""
+    return _curves(history, "Bits per byte", bits_per_byte="training text", eval_bits_per_byte="held-out text")
+
+
+def learning_rate_figure(history: Sequence[dict[str, Any]]) -> Figure:
+    """Learning rate against the step."""
+    figure = _curves(history, "Learning rate", learning_rate="learning rate")
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def _curves(history: Sequence[dict[str, Any]], label: str, **names: str) -> Figure:
+    """Curves of up to two names of the log history, each with its words for the legend."""
+    with _style():
+        figure, axes = _figure(WIDTH, 3.4)
+        drawn = 0
+        for (name, words), color in zip(names.items(), (BLUE, ORANGE), strict=False):
+            steps, values = series(history, name)
+            if values:
+                # Held-out figures are few, and a single point has no line: both need marks to be seen.
+                marker = "o" if name.startswith("eval_") or len(values) == 1 else ""
+                axes.plot(steps, values, color=color, marker=marker, markersize=4, linewidth=1.5, label=words)
+                drawn += 1
+        axes.set(xlabel="Step", ylabel=label)
+        if drawn > 1:
+            axes.legend()
+        elif not drawn:
+            axes.text(0.5, 0.5, "not recorded", ha="center", va="center", transform=axes.transAxes, color=GREY)
+    return figure
+
+
+def comparison_figure(bits: dict[str, float]) -> Figure:
+    """Bits per byte of the model beside those of the baselines, fewest first; the bar of ``model`` stands out."""
+    ordered = sorted(bits.items(), key=lambda item: item[1])
+    names = ["this model" if name == "model" else name.replace(" after ", "\nafter ") for name, _ in ordered]
+    colors = [BLUE if name == "model" else GREY for name, _ in ordered]
+    return _bars(
+        names, [value for _, value in ordered], colors, "Bits per byte of held-out text (fewer: better)", "{:.3f}"
+    )
+
+
+def stage_time_figure(seconds: dict[str, float]) -> Figure:
+    """How long each stage of the run took, in the order given."""
+    longest = max(seconds.values(), default=0)
+    unit, divisor = ("minutes", 60) if longest >= 120 else ("seconds", 1)
+    values = [value / divisor for value in seconds.values()]
+    return _bars(list(seconds), values, [BLUE] * len(values), f"Time ({unit})", "{:.1f}")
+
+
+def _bars(names: list[str], values: list[float], colors: list[str], label: str, number: str) -> Figure:
+    with _style():
+        figure, axes = _figure(WIDTH, 0.9 + 0.42 * max(1, len(names)))
+        bars = axes.barh(range(len(names)), values, color=colors, height=0.62)
+        axes.bar_label(bars, labels=[number.format(v) for v in values], padding=4, fontsize=10)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.18 * max([*values, 1e-9]))
+        axes.set_xlabel(label)
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+def attention_figure(attention: np.ndarray, scores: np.ndarray, tokens: Sequence[str], title: str) -> Figure:
+    """One head: a strip of the scores of its keys, and below it who reads whom.
+
+    Args:
+        attention: (T, T), probability that query i (row) gives to key j (column).
+        scores: (T,), the score s of each key.
+        tokens: T short labels.
+        title: stands above the strip.
+    """
+    count = len(tokens)
+    with _style():
+        side = min(9.0, max(3.5, 0.19 * count))
+        figure, (strip, grid) = _figure(side + 1.7, side + 2.1, rows=2, height_ratios=[1, max(10, count)], sharex=True)
+        shown = strip.imshow(np.asarray(scores)[None, :], cmap="cividis", aspect="auto", interpolation="nearest")
+        strip.set_yticks([0], ["score s"])
+        strip.set_title(title, loc="left", parse_math=False)
+        strip.tick_params(bottom=False, left=False)
+        low, high = float(np.min(scores)), float(np.max(scores))
+        if math.isclose(low, high):
+            shown.set_clim(low - 0.5, high + 0.5)
+        # What a query cannot read, the future and what the window dropped, is white; a read of nearly 0 is not.
+        readable = np.ma.masked_where(np.asarray(attention) == 0, attention)
+        heat = grid.imshow(readable, cmap="YlGnBu", vmin=0, aspect="auto", interpolation="nearest")
+        size = 8.5 if count <= 40 else 7
+        for axis, rotation in ((grid.xaxis, 90), (grid.yaxis, 0)):
+            axis.set_ticks(range(count), list(tokens), fontsize=size, rotation=rotation, family="DejaVu Sans Mono")
+            for text in axis.get_ticklabels():
+                text.set_parse_math(False)
+        grid.set(xlabel="key: the token that is read", ylabel="query: the token that reads")
+        for axes in (strip, grid):
+            axes.grid(visible=False)
+            axes.spines[:].set_visible(False)
+        grid.tick_params(length=0)
+        strip.tick_params(labelbottom=False)
+        figure.colorbar(heat, ax=grid, shrink=0.6, pad=0.02, label="attention probability")
+        # The strip's own numbers are said in words: a second colour bar would be taller than the strip.
+        strip.set_xlabel(f"scores from {low:.2f} (dark) to {high:.2f} (bright)", fontsize=9)
+    return figure
+
+
+def attention_and_scores(model: Any, input_ids: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What each layer of a Doge model attends to, and the scores of its keys.
+
+    Args:
+        model: a DogeForCausalLM that returns attention probabilities.
+        input_ids: (1, T) token ids on the model's device.
+
+    Returns:
+        For each layer the probabilities, (H, T, T) float32, and the scores s = exp(A · softplus(dt)), (M, T) float32,
+        for H query heads and M score heads (query head h has the scores of head h · M // H).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    layers = model.model.layers
+    dts: dict[int, torch.Tensor] = {}
+    hooks = [
+        layer.self_attn.dt_proj.register_forward_hook(lambda _, __, dt, at=index: dts.update({at: dt}))
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        with torch.no_grad():
+            weights = model(input_ids=input_ids, output_attentions=True, use_cache=False).attentions
+    finally:
+        for hook in hooks:
+            hook.remove()
+    attentions = [w[0].float().cpu().numpy() for w in weights]
+    scores = []
+    for index, layer in enumerate(layers):
+        s = torch.exp(layer.self_attn.A.float() * F.softplus(dts[index][0].float()))
+        scores.append(s.T.detach().cpu().numpy())
+    return attentions, scores

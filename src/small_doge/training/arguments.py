@@ -1,0 +1,98 @@
+"""The fields of a pretraining recipe: ours, and every field of transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..data.packing import PackedTokens
+
+# ruff: noqa: RUF009 - _help makes dataclass fields
+
+# Fields that say how a run is watched or where it is, not what it computes; they may change when it is resumed.
+_WATCHING = {
+    *("output_dir", "report_to", "run_name", "project", "disable_tqdm", "logging_dir", "log_level", "save_steps"),
+    *("save_total_limit", "save_strategy", "dataloader_num_workers", "sample_prompts", "sample_at", "sample_tokens"),
+    *("data", "tokenizer", "local_rank", "resume_from_checkpoint"),
+}
+
+
+def _help(text: str, default: Any = None) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """A pretraining recipe. Defaults are the published recipe's where it has one; the rest is transformers'.
+
+    Raises:
+        ValueError: for a missing ``data`` or ``tokenizer``, or values out of range.
+    """
+
+    model: str = _help("size (tiny, 20m, 60m, 160m, 320m) to start afresh, or a model folder to start from", "20m")
+    data: str | None = _help("folder that `doge prepare` wrote")
+    tokenizer: str | None = _help("folder that `doge tokenizer` wrote; the tokenizer the data was made with")
+    output_dir: str | None = _help("folder for checkpoints and the finished model")
+    keep_window_size: int | None = _help("keys a query keeps (w); null takes the model's own")
+    tokens_per_step: int | None = _help("tokens an optimiser step sees over all devices; sets gradient accumulation")
+    max_minutes: float | None = _help("train for so long: a few steps are timed and max_steps follows")
+    decay_steps: float = _help("steps of the final decay; below 1, that share of all steps", 0.2)
+    decay_type: str = _help("shape of the decay: linear, cosine or 1-sqrt", "1-sqrt")
+    min_lr_ratio: float = _help("learning rate before warmup and after decay, as a share of the peak", 0.0)
+    eval_rows: int = _help("validation rows looked at during training, spread evenly over the split", 256)
+    sample_prompts: list[str] = _help("prompts completed during training, for the report", [])
+    sample_at: list[float] = _help("when to complete them, as shares of all steps", [0.02, 0.25, 1.0])
+    sample_tokens: int = _help("tokens of each completion", 48)
+
+    learning_rate: float = _help("peak learning rate (published: 8e-3 at 20M to 2e-3 at 320M)", 8e-3)
+    lr_scheduler_type: str = _help("warmup, stable, decay", "warmup_stable_decay")
+    warmup_steps: float = _help("steps of linear warmup; below 1, that share of all steps", 0.1)
+    weight_decay: float = _help("on matrices and embeddings only", 0.01)
+    adam_beta2: float = _help("AdamW's β₂", 0.95)
+    seed: int = _help("seed of the weights, the order of rows and dropout", 233)
+    logging_steps: float = _help("steps between lines of the training log", 10)
+    logging_nan_inf_filter: bool = _help("hide NaN losses from the log, at the price of a sync every step", False)
+    save_steps: float = _help("steps between checkpoints", 500)
+    save_total_limit: int | None = _help("checkpoints kept", 2)
+    disable_tqdm: bool | None = _help("the log prints the time left itself", True)
+    remove_unused_columns: bool = _help("rows hold just what the model takes", False)
+    prediction_loss_only: bool = _help("validation needs no logits", True)
+
+    def __post_init__(self) -> None:
+        for name in ("data", "tokenizer", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is not set, expected a folder")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"`max_minutes` is {self.max_minutes}, expected more than 0")
+        if self.decay_type not in ("linear", "cosine", "1-sqrt"):
+            raise ValueError(f"`decay_type` is {self.decay_type!r}, expected linear, cosine or 1-sqrt")
+        if self.max_steps < 1 and self.max_minutes is None and self.num_train_epochs <= 0:
+            raise ValueError("none of `max_steps`, `max_minutes` and `num_train_epochs` says how long to train")
+        super().__post_init__()
+
+    def accumulate(self, row_length: int) -> None:
+        """Set gradient accumulation from ``tokens_per_step``.
+
+        Raises:
+            ValueError: if that is not a whole number of micro-batches over all devices.
+        """
+        if self.tokens_per_step is None:
+            return
+        micro_batch = row_length * self.train_batch_size * self.world_size
+        if self.tokens_per_step % micro_batch:
+            raise ValueError(
+                f"`tokens_per_step` is {self.tokens_per_step:,}, expected a multiple of the {micro_batch:,} tokens "
+                f"that {self.world_size} device(s) see at once"
+            )
+        self.gradient_accumulation_steps = self.tokens_per_step // micro_batch
+
+    def settings(self, data: PackedTokens) -> dict[str, Any]:
+        """What this run computes, as plain values: fields that differ from their defaults, and the data."""
+        default = PretrainArguments(output_dir="-", data="-", tokenizer="-").to_dict()
+        mine = {k: v for k, v in self.to_dict().items() if k not in _WATCHING and v != default[k]}
+        hashes = {name: split["sha256"] for name, split in data.manifest["splits"].items()}
+        return {**mine, "model": self.model, "data_sha256": hashes}

@@ -1,0 +1,171 @@
+"""What happens around the steps of a training run: Ctrl-C, a log that survives it, lines to read, completions."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..artifacts import write_text
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C (or SIGTERM) ends the step in progress, saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: dict[int, Any] = {}
+        self._accelerator: Any = None
+
+    def watch(self, accelerator: Any) -> None:
+        """With several processes, all stop at the same step even if only one was told."""
+        self._accelerator = accelerator if accelerator.num_processes > 1 else None
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.interrupted = True
+        print("\ninterrupted: saving after this step (again to stop at once)", flush=True)
+        signal.signal(number, self._previous.get(number, signal.SIG_DFL))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._accelerator is not None:
+            if self.interrupted:
+                self._accelerator.set_trigger()
+            self.interrupted = self._accelerator.check_trigger()
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+
+class LossSinceLastLog(TrainerCallback, ExportableState):
+    """Carries the running loss between two lines of the log through a checkpoint.
+
+    The Trainer averages the loss over the steps since its last log line and forgets the sum when it stops; without
+    this the first line after resuming would average fewer steps than the uninterrupted run's.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self._restored: dict[str, Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        started = self.trainer is not None and hasattr(self.trainer, "_tr_loss")
+        attributes = {}
+        if started:
+            attributes = {
+                "tr_loss": self.trainer._tr_loss.item(),
+                "last_logged": self.trainer._globalstep_last_logged,
+            }
+        return {"args": {}, "attributes": attributes}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__, {})
+        attributes = saved.get("attributes") if isinstance(saved, dict) else None
+        if state.global_step and attributes:
+            self.trainer._tr_loss.fill_(attributes["tr_loss"])
+            self.trainer._globalstep_last_logged = attributes["last_logged"]
+
+
+class PrintLog(TrainerCallback):
+    """One readable line a log entry, with the time left."""
+
+    def __init__(self) -> None:
+        self._begun = (0, 0.0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun = (state.global_step, time.perf_counter())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            bpb = logs.get("eval_bits_per_byte", float("nan"))
+            print(f"  validation: loss {logs['eval_loss']:.3f}, {bpb:.3f} bits per byte", flush=True)
+        elif "loss" in logs:
+            first, since = self._begun
+            per_step = (time.perf_counter() - since) / max(1, state.global_step - first)
+            parts = [
+                f"step {state.global_step:>6}/{state.max_steps}",
+                f"loss {logs['loss']:.3f}",
+                f"{logs['bits_per_byte']:.3f} bits/byte",
+                f"lr {logs['learning_rate']:.2e}",
+                f"{logs['tokens_per_second']:,.0f} tok/s",
+            ]
+            if "mfu" in logs:
+                parts.append(f"{logs['mfu']:.1%} MFU")
+            parts.append(f"{duration(per_step * (state.max_steps - state.global_step))} left")
+            print("  ".join(parts), flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class CompletePrompts(TrainerCallback):
+    """Completes the same prompts at a few points of training and keeps them in ``samples.jsonl``."""
+
+    def __init__(self, tokenizer: Any, prompts: list[str], shares: list[float], max_new_tokens: int, path: Path):
+        self.tokenizer, self.prompts, self.shares = tokenizer, prompts, shares
+        self.max_new_tokens, self.path = max_new_tokens, path
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        due = {max(1, round(share * state.max_steps)) for share in self.shares}
+        if not self.prompts or not state.is_world_process_zero or state.global_step not in due:
+            return
+        kept = []
+        if self.path.exists():  # a resumed run says again what it had said after its checkpoint
+            kept = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            kept = [row for row in kept if row["step"] < state.global_step]
+        model.eval()
+        # Sampling takes random numbers that training must not miss.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.inference_mode():
+            for prompt in self.prompts:
+                torch.manual_seed(args.seed)
+                inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
+                ids = model.generate(
+                    **inputs, max_new_tokens=self.max_new_tokens, do_sample=True, temperature=0.7, top_p=0.9
+                )
+                text = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                kept.append({"step": state.global_step, "prompt": prompt, "completion": text})
+        model.train()
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

@@ -1,0 +1,240 @@
+"""Pretraining: transformers' Trainer on packed tokens, resumable to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from transformers import PrinterCallback, Trainer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .. import artifacts
+from ..data.packing import PackedTokens, collate
+from ..data.tokenizer import load_tokenizer
+from ..errors import UserError
+from ..models import SIZES, DogeForCausalLM, config_for, load_model
+from .arguments import PretrainArguments
+from .callbacks import CompletePrompts, LossSinceLastLog, PrintLog, SaveOnInterrupt, duration
+from .checkpoints import newest, seal
+from .estimates import flops_per_token, peak_flops, training_bytes
+from .schedule import decayed_parameters, schedule_options, steps_in
+
+RUN_FILE = "run.json"
+
+
+def pretrain(args: PretrainArguments) -> Path:
+    """Train a model on packed tokens; returns the folder it is in.
+
+    Called again with the same recipe it continues from the newest checkpoint, or returns at once when it is done.
+
+    Raises:
+        UserError: if the data, the tokenizer or the model are missing or do not fit together, the output folder holds
+            another run, a checkpoint is cut short, or the disk is too small.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved.
+    """
+    assert args.data
+    assert args.tokenizer
+    assert args.output_dir
+    output_dir, started = Path(args.output_dir), time.perf_counter()
+    data = PackedTokens(args.data, "train")
+    validation = PackedTokens(args.data, "validation")
+    tokenizer = load_tokenizer(args.tokenizer)
+    model = _model(args, data, tokenizer)
+    row_length = data.manifest["row_length"]
+    try:
+        args.accumulate(row_length)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    settings = args.settings(data)
+    run = _begun(output_dir, settings)
+    if run is None:
+        print(f"{output_dir} holds this run already, finished")
+        return output_dir
+    checkpoint = newest(output_dir)
+    parameters = sum(p.numel() for p in model.parameters())
+    artifacts.require_space(output_dir, 16 * parameters * ((args.save_total_limit or 1) + 1), "this run")
+    model.to(args.device)
+    max_steps = args.max_steps = run["max_steps"] or _max_steps(args, model, data)
+    args.lr_scheduler_kwargs = schedule_options(max_steps, args.decay_steps, args.decay_type, args.min_lr_ratio)
+    if args.report_to in ("none", [], None) and importlib.util.find_spec("tensorboard"):
+        args.report_to = ["tensorboard"]
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    run |= {"settings": settings, "max_steps": max_steps}
+    artifacts.write_json(output_dir / RUN_FILE, run)
+    interrupt, losses = SaveOnInterrupt(), LossSinceLastLog()
+    samples = CompletePrompts(
+        tokenizer, args.sample_prompts, args.sample_at, args.sample_tokens, output_dir / "samples.jsonl"
+    )
+    facts = _announce(args, model, data, max_steps, checkpoint)
+    trainer = PretrainTrainer(
+        model,
+        args,
+        train_dataset=data,
+        eval_dataset=_spread(validation, args.eval_rows),
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[interrupt, losses, samples, PrintLog()],
+        run=_Run(
+            tokens_per_step=facts["tokens_per_step"],
+            bytes_per_token=data.bytes_per_token(),
+            eval_bytes_per_token=validation.bytes_per_token(),
+            flops_per_token=flops_per_token(model.config, row_length),
+            peak_flops=peak_flops(args.device, args.bf16),
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    losses.trainer = trainer
+    interrupt.watch(trainer.accelerator)
+
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if interrupt.interrupted and trainer.state.global_step < max_steps:
+        artifacts.write_json(output_dir / RUN_FILE, run | {"seconds": run["seconds"] + time.perf_counter() - started})
+        print(
+            f"saved {output_dir / f'{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}'}; the same command continues"
+        )
+        raise KeyboardInterrupt
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
+        facts |= {"eval_loss": metrics["eval_loss"], "eval_bits_per_byte": metrics["eval_bits_per_byte"]}
+        seconds = run["seconds"] + time.perf_counter() - started
+        artifacts.finish(output_dir, "pretrain", settings, seconds, **facts)
+        print(f"wrote {output_dir} in {duration(seconds)}")
+    return output_dir
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What turns losses and seconds into figures a person compares."""
+
+    tokens_per_step: int
+    bytes_per_token: float
+    eval_bytes_per_token: float
+    flops_per_token: float
+    peak_flops: float | None
+
+
+class PretrainTrainer(Trainer):
+    """transformers' Trainer with our parameter groups, sealed checkpoints and a log in bits per byte."""
+
+    def __init__(self, *args: Any, run: _Run, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.run = run
+        self._last_log: tuple[int, float] | None = None
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return decayed_parameters(model)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add bits per byte, tokens/s and model FLOP utilisation to the Trainer's own entries."""
+        now = time.time()
+        if "loss" in logs:
+            step, since = self._last_log or (self._initial_global_step, start_time or now)
+            rate = self.run.tokens_per_step * (self.state.global_step - step) / max(now - since, 1e-9)
+            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.run.bytes_per_token
+            logs["tokens_per_second"] = rate
+            if self.run.peak_flops:
+                logs["mfu"] = rate * self.run.flops_per_token / self.run.peak_flops / self.args.world_size
+        super().log(logs, start_time)
+        self._last_log = (self.state.global_step, time.time())  # so that validation is not counted as training time
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, **kwargs)
+        loss = output.metrics["eval_loss"]
+        output.metrics["eval_bits_per_byte"] = loss / math.log(2) / self.run.eval_bytes_per_token
+        return output
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+
+
+def _model(args: PretrainArguments, data: PackedTokens, tokenizer: Any) -> DogeForCausalLM:
+    """A fresh model of a size, or the one in a folder, fitting the vocabulary of the data."""
+    vocab_size = data.manifest["vocab_size"]
+    data.check_tokenizer(args.tokenizer)
+    set_seed(args.seed)
+    if args.model.lower() in SIZES:
+        row_length = data.manifest["row_length"]
+        options: dict[str, Any] = {"keep_window_size": args.keep_window_size} if args.keep_window_size else {}
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = config_for(args.model, vocab_size=vocab_size, **special, **options)
+        config.max_position_embeddings = max(config.max_position_embeddings, row_length)
+        return DogeForCausalLM(config)
+    model = load_model(args.model)
+    if model.config.vocab_size != vocab_size:
+        raise UserError(
+            f"model {args.model} has a vocabulary of {model.config.vocab_size:,} and the data {args.data} one of "
+            f"{vocab_size:,}; expected the same tokenizer for both"
+        )
+    return model
+
+
+def _begun(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What is known of the run in a folder: its steps and the seconds spent so far; None if it is finished."""
+    if (output_dir / artifacts.STAGE_FILE).exists() or not (output_dir / RUN_FILE).exists():
+        finished = artifacts.is_finished(output_dir, "pretrain", settings)
+        return None if finished else {"settings": settings, "max_steps": None, "seconds": 0.0}
+    there = artifacts.read_json(output_dir / RUN_FILE)
+    artifacts.require_same_settings(output_dir, there["settings"], settings)
+    return there
+
+
+def _max_steps(args: PretrainArguments, model: DogeForCausalLM, data: PackedTokens) -> int:
+    rows = args.train_batch_size
+    if args.max_minutes is not None:
+        some = [collate([data[(i * rows + j) % len(data)] for j in range(rows)]) for i in range(8)]
+        batches = [{name: x.to(args.device) for name, x in batch.items()} for batch in some]
+        fits = steps_in(args.max_minutes, model, batches, args.gradient_accumulation_steps)
+        return min(fits, args.max_steps) if args.max_steps > 0 else fits
+    if args.max_steps > 0:
+        return args.max_steps
+    per_epoch = math.ceil(len(data) / (rows * args.world_size * args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * per_epoch)
+
+
+def _announce(
+    args: PretrainArguments, model: DogeForCausalLM, data: PackedTokens, max_steps: int, checkpoint: Path | None
+) -> dict[str, Any]:
+    """Print, before the first step, what is about to happen; returns it for the record."""
+    row_length, parameters = data.manifest["row_length"], sum(p.numel() for p in model.parameters())
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    tokens = rows * row_length * max_steps
+    epochs = tokens / (len(data) * row_length)
+    memory = training_bytes(model.config, parameters, args.train_batch_size, row_length, args.bf16)
+    if args.process_index == 0:
+        print(
+            f"{parameters:,} parameters, {max_steps:,} steps of {rows * row_length:,} tokens = {tokens:,} tokens "
+            f"({epochs:.2f} epochs), about {memory / 2**20:,.0f} MiB on {args.device}",
+            flush=True,
+        )
+        if checkpoint:
+            print(f"continuing from {checkpoint}", flush=True)
+    return {
+        "parameters": parameters,
+        "steps": max_steps,
+        "tokens_per_step": rows * row_length,
+        "tokens": tokens,
+        "epochs": round(epochs, 3),
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
+        "threads": torch.get_num_threads(),
+        "estimated_bytes": memory,
+    }
+
+
+def _spread(data: PackedTokens, rows: int) -> PackedTokens | Subset:
+    """At most ``rows`` rows, evenly spread over the split."""
+    if rows >= len(data):
+        return data
+    return Subset(data, [i * len(data) // rows for i in range(rows)])

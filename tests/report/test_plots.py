@@ -1,0 +1,78 @@
+import base64
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+
+from small_doge import DogeConfig, DogeForCausalLM
+from small_doge.report import plots
+
+HISTORY = [
+    {"step": 1, "loss": 9.0, "bits_per_byte": 3.9, "learning_rate": 1e-3},
+    {"step": 2, "loss": float("nan"), "learning_rate": 2e-3},
+    {"step": 3, "loss": 6.5, "bits_per_byte": 2.9, "learning_rate": 1e-3},
+    {"step": 3, "eval_loss": 6.7, "eval_bits_per_byte": 3.0},
+]
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda: plots.loss_figure(HISTORY),
+        lambda: plots.loss_figure([]),
+        lambda: plots.bits_per_byte_figure(HISTORY),
+        lambda: plots.learning_rate_figure(HISTORY),
+        lambda: plots.comparison_figure({"model": 2.1, "xz -9": 1.7}),
+        lambda: plots.stage_time_figure({"Train": 300.0, "Evaluate": 2.0}),
+        lambda: plots.stage_time_figure({}),
+        lambda: plots.attention_figure(np.tril(np.full((3, 3), 0.3)), np.ones(3), ["$x$", "<b>--", "\U0001f436"], "$t"),
+    ],
+)
+def test_every_picture_is_a_whole_svg_and_png(figure):
+    svg = plots.to_svg(figure())
+    root = ET.fromstring(svg)  # noqa: S314 - our own
+    assert root.tag.endswith("svg")
+    assert "<!--" not in svg
+    assert "metadata" not in svg
+    png = base64.b64decode(plots.to_png_base64(figure(), dpi=40))
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 1000
+
+
+def test_pictures_are_the_same_each_time():
+    assert plots.to_svg(plots.loss_figure(HISTORY)) == plots.to_svg(plots.loss_figure(HISTORY))
+
+
+def test_series_leaves_out_what_is_no_number():
+    assert plots.series(HISTORY, "loss") == ([1.0, 3.0], [9.0, 6.5])
+    assert plots.series(HISTORY, "mfu") == ([], [])
+
+
+def test_attention_and_scores_are_those_of_the_formulas():
+    torch.manual_seed(0)
+    config = DogeConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        keep_window_size=5,
+    )
+    model = DogeForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.A.copy_(torch.tensor([0.7, -0.4]))
+            layer.self_attn.dt_proj.weight.normal_()
+    attentions, scores = plots.attention_and_scores(model, torch.arange(12)[None])
+    assert [a.shape for a in attentions] == [(4, 12, 12)] * 2
+    assert [s.shape for s in scores] == [(2, 12)] * 2
+    for attention, score in zip(attentions, scores, strict=True):
+        np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
+        # Each query reads the 5 keys of largest score so far, which its two heads of a group have in common.
+        for query in range(12):
+            for head in range(4):
+                kept = np.argsort(score[head // 2, : query + 1])[-5:]
+                assert set(np.flatnonzero(attention[head, query])) == set(kept)
+    assert not model.model.layers[0].self_attn.dt_proj._forward_hooks
