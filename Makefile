@@ -15,7 +15,7 @@ PLACE := $(VENV)/.checkout
 .PHONY: help demo test lint clean moved
 
 help:
-	@echo "make demo   train, align, evaluate and report a tiny Doge on this machine, into runs/demo"
+	@echo "make demo   train, evaluate and report on a tiny Doge on this machine, into runs/demo"
 	@echo "make test   check the code with ruff and run the tests"
 	@echo "make lint   ruff check, ruff format --check, mypy"
 	@echo "make clean  remove caches and build products (keeps .venv and runs/)"

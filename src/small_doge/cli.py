@@ -60,7 +60,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     module_name, recipe_name, function_name, what, bare = _STAGES[known.stage]
     overrides = _overrides(rest) if not known.help else {}
     if bare and hasattr(known, bare):
-        overrides[bare] = getattr(known, bare)
+        overrides[bare] = recipes.Word(getattr(known, bare))
     module = importlib.import_module(f".{module_name}", __package__)
     cls = getattr(module, recipe_name)
     if known.help:
@@ -82,7 +82,7 @@ def _overrides(words: list[str]) -> dict[str, Any]:
         if not equals and i < len(words) and not words[i].startswith("--"):
             equals, text = "=", words[i]
             i += 1
-        fields[name.replace("-", "_")] = recipes.parse_value(text) if equals else True
+        fields[name.replace("-", "_")] = recipes.Word(text) if equals else True
     return fields
 
 

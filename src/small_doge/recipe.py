@@ -43,12 +43,22 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_value(text: str) -> Any:
-    """Read one command-line value as YAML reads it: ``8e-3`` a float, ``true`` a bool, ``[a, b]`` a list."""
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError:
-        return text
+class Word(str):
+    """A value as typed on the command line: what it means depends on the type of its field."""
+
+    def read(self, options: tuple[Any, ...]) -> Any:
+        """The value for a field of one of the types ``options``.
+
+        Text stays as typed, so that a prompt of ``no`` or ``1e3`` is that prompt; anything else is read as YAML.
+        """
+        bases = [typing.get_origin(option) or option for option in options]
+        try:
+            value = yaml.load(str(self), _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        except yaml.YAMLError:
+            return str(self)
+        if str not in bases or (value is None and type(None) in bases) or isinstance(value, (list, dict)):
+            return value if str not in bases or value is None or type(value) in bases else str(self)
+        return str(self)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -130,6 +140,8 @@ def _plain(value: Any) -> Any:
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """Check ``value`` against a type hint; whole floats become ints, ints become floats, numbers become strings."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, Word):
+        value = value.read(options)
     if value is None and type(None) in options:
         return None
     for option in options:

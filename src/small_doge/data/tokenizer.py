@@ -100,17 +100,20 @@ def train_tokenizer(recipe: TokenizerRecipe) -> Path:
     if artifacts.is_finished(folder, _STAGE, settings):
         print(f"tokenizer {folder} is already there")
         return folder
-    documents = unique(open_corpus(recipe.corpus))
+    corpus = open_corpus(recipe.corpus)
     print(f"training a tokenizer of {recipe.vocab_size:,} entries into {folder}")
     start = time.perf_counter()
     with artifacts.staged(folder) as partial:
-        texts = _TrainSide(documents, recipe.validation_fraction, recipe.max_bytes)
+        texts = _TrainSide(unique(corpus), recipe.validation_fraction, recipe.max_bytes)
         backend = _train(texts, recipe.vocab_size, recipe.min_frequency)
+        if not texts.count:
+            raise UserError(f"the corpus {corpus.name} holds no text to learn from")
         reached = backend.get_vocab_size()
         if reached < recipe.vocab_size:
             raise UserError(
-                f"the corpus ({texts.count:,} documents, {texts.bytes:,} bytes) is too small for vocab_size "
-                f"{recipe.vocab_size:,}: it reached {reached:,} entries with min_frequency {recipe.min_frequency}"
+                f"the corpus {corpus.name} ({texts.count:,} documents, {texts.bytes:,} bytes) is too small for "
+                f"vocab_size {recipe.vocab_size:,}: it reached {reached:,} entries with min_frequency "
+                f"{recipe.min_frequency}"
             )
         tokenizer = _wrap(backend)
         tokenizer.save_pretrained(partial)

@@ -20,6 +20,7 @@ def load_model(model: str | os.PathLike, **kwargs) -> DogeForCausalLM:
         UserError: if there is no such model, it is not a Doge model, or its weights are cut short or do not fit.
     """
     from transformers import AutoConfig
+    from transformers.utils.logging import disable_progress_bar
 
     from .modeling_doge import DogeForCausalLM
 
@@ -28,6 +29,7 @@ def load_model(model: str | os.PathLike, **kwargs) -> DogeForCausalLM:
     if looks_local and not os.path.isfile(os.path.join(name, "config.json")):
         found = "is a folder without a config.json" if os.path.isdir(name) else "does not exist"
         raise UserError(f"model {name} {found}; expected a folder that pretraining or save_pretrained wrote")
+    disable_progress_bar()  # a small model is read in an instant
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "doge":

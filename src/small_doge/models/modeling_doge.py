@@ -20,6 +20,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gradi
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..ops.dynamic_mask import dynamic_mask_attention
+from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
 from .checkpoints import FIRST_RELEASE_NAMES, stored_shapes
 from .configuration_doge import DogeConfig
 from .masks import visible_keys
@@ -300,6 +301,7 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """As :meth:`DogeModel.forward`, and logits (B, T', vocab), T' being T or what ``logits_to_keep`` asks for.
@@ -308,6 +310,7 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
             labels: (B, T) int64; the loss at t is that of labels[t + 1], and −100 marks what carries none. The mean
                 over labelled tokens, or their sum over ``num_items_in_batch`` where the Trainer passes it.
             logits_to_keep: how many of the last positions to compute logits for (0: all), or an index tensor.
+            skip_logits: with ``labels``, compute the loss in chunks and return no logits: less time and memory.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -320,9 +323,12 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if labels is not None and skip_logits:
+            loss = self._loss_in_chunks(outputs.last_hidden_state, labels, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        if labels is not None and logits is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(
             loss=loss,
@@ -332,6 +338,14 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _loss_in_chunks(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """The loss of :meth:`forward` from (B, T, C) hidden states, without (B, T, vocab) logits."""
+        following = labels[:, 1:].reshape(-1)
+        denominator = (following != IGNORED).sum().clamp(min=1) if num_items is None else num_items
+        return linear_cross_entropy(hidden_states[:, :-1].flatten(0, 1), self.lm_head.weight, following, denominator)
 
 
 class DogeForSequenceClassification(GenericForSequenceClassification, DogePreTrainedModel):

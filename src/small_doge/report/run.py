@@ -136,8 +136,8 @@ def summary(run: Run) -> str:
     count = parameters(run)
     of = f" of {size(count, '').strip().replace('M', 'million').replace('k', 'thousand')} parameters" if count else ""
     took = duration(run.stages["pretrain"].get("seconds", 0))
-    steps, _ = series(run.history, "loss")
-    reads = f" in {int(steps[-1]):,} steps" if steps else ""
+    steps = run.stages["pretrain"].get("steps")
+    reads = f" in {steps:,} steps" if steps else ""
     return (
         f"This run trained a Doge language model{of}{on}{reads}, which took {took}. A language model reads text and "
         f"gives, for every next token (a piece of a word), the probability of each that could follow. {verdict(run)}"

@@ -15,6 +15,7 @@ from ..data.packing import PackedTokens
 _WATCHING = {
     *("output_dir", "report_to", "run_name", "project", "disable_tqdm", "logging_dir", "log_level", "save_steps"),
     *("save_total_limit", "save_strategy", "dataloader_num_workers", "sample_prompts", "sample_at", "sample_tokens"),
+    *("use_cpu", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("data", "tokenizer", "local_rank", "resume_from_checkpoint"),
 }
 
@@ -50,6 +51,9 @@ class PretrainArguments(TrainingArguments):
 
     learning_rate: float = _help("peak learning rate (published: 8e-3 at 20M to 2e-3 at 320M)", 8e-3)
     lr_scheduler_type: str = _help("warmup, stable, decay", "warmup_stable_decay")
+    muon_learning_rate: float | None = _help(
+        "peak learning rate of Muon for the matrices in the layers; null trains everything with AdamW"
+    )
     warmup_steps: float = _help("steps of linear warmup; below 1, that share of all steps", 0.1)
     weight_decay: float = _help("on matrices and embeddings only", 0.01)
     adam_beta2: float = _help("AdamW's β₂", 0.95)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Subset
 from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.logging import disable_progress_bar
 
 from .. import artifacts
 from ..data.packing import PackedTokens, collate
@@ -23,7 +24,8 @@ from .arguments import PretrainArguments
 from .callbacks import CompletePrompts, LossSinceLastLog, PrintLog, SaveOnInterrupt, duration
 from .checkpoints import newest, seal
 from .estimates import flops_per_token, peak_flops, training_bytes
-from .schedule import decayed_parameters, schedule_options, steps_in
+from .optimizer import MuonAdamW, decayed_parameters, parameter_groups
+from .schedule import schedule_options, steps_in
 
 RUN_FILE = "run.json"
 
@@ -65,6 +67,9 @@ def pretrain(args: PretrainArguments) -> Path:
     args.lr_scheduler_kwargs = schedule_options(max_steps, args.decay_steps, args.decay_type, args.min_lr_ratio)
     if args.report_to in ("none", [], None) and importlib.util.find_spec("tensorboard"):
         args.report_to = ["tensorboard"]
+
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type == "cuda"
+    disable_progress_bar()  # transformers' own, over files written in an instant
 
     output_dir.mkdir(parents=True, exist_ok=True)
     run |= {"settings": settings, "max_steps": max_steps}
@@ -133,6 +138,20 @@ class PretrainTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return decayed_parameters(model)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        args, model = self.args, model or self.model
+        if self.optimizer is None and args.muon_learning_rate:
+            self.optimizer = MuonAdamW(
+                parameter_groups(model, args.weight_decay, args.learning_rate, args.muon_learning_rate),
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                fused=True,
+            )
+        return super().create_optimizer(model)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add bits per byte, tokens/s and model FLOP utilisation to the Trainer's own entries."""

@@ -1,4 +1,4 @@
-"""How long to train, and which parameters decay. The schedule itself is transformers' warmup_stable_decay."""
+"""How long to train. The schedule itself is transformers' warmup_stable_decay."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-# Norms, biases, the residual weights and A scale or shift; pulling them to zero is not what weight decay is for.
-_NO_DECAY = ("norm.weight", "layernorm.weight", ".bias", "_residual", ".A")
-
-
-def decayed_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay applies to: the matrices and the embeddings."""
-    return [name for name, _ in model.named_parameters() if not name.endswith(_NO_DECAY)]
 
 
 def schedule_options(max_steps: int, decay_steps: float, decay_type: str, min_lr_ratio: float) -> dict[str, Any]:

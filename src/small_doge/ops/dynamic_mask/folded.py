@@ -24,6 +24,9 @@ def folded(
     if s.shape[1] == H:  # a score of its own for every query head: keys differ between the heads of a group
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
 
+    if torch.is_autocast_enabled(q.device.type):
+        # Attention would round its inputs under autocast; the score must be split for the dtype it will meet there.
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     bias = s[..., None] * D**0.5  # (B, M, Tk, 1)
     columns = [bias.to(k.dtype)]
     if k.dtype in (torch.bfloat16, torch.float16):

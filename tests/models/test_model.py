@@ -1,0 +1,200 @@
+"""What else the model promises: first-release checkpoints, training features, and errors that name what is wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
+from transformers import DogeForCausalLM as TheirDoge
+
+from small_doge.errors import UserError
+from small_doge.models import SIZES, DogeConfig, DogeForCausalLM, DogeForSequenceClassification, config_for, load_model
+
+OLD_NAMES = {
+    "embed_tokens.weight": "word_embed.weight",
+    "model.norm.weight": "model.final_layernorm.weight",
+    ".input_layernorm.": ".pre_layernorm.",
+    ".input_residual": ".pre_residual.weight",
+    ".post_attention_layernorm.": ".post_layernorm.",
+    ".post_attention_residual": ".post_residual.weight",
+    ".mlp.": ".feed_forward.",
+}
+IDS = torch.tensor([[5, 9, 7, 5, 9, 30, 7, 5, 5, 5, 11, 9]])
+
+
+def parameters(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in DogeForCausalLM(config).parameters())
+
+
+@pytest.mark.parametrize(("size", "millions"), [("20m", 13.1), ("60m", 54.6), ("160m", 152.7), ("320m", 335.8)])
+def test_published_sizes(size, millions):
+    assert parameters(config_for(size)) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert config_for(size).heads[-1] == 128
+
+
+def test_unknown_size():
+    with pytest.raises(UserError, match="model size is '20mm', expected one of 20m"):
+        config_for("20mm")
+    assert "tiny" in SIZES
+
+
+@torch.no_grad()
+def test_checkpoints_of_the_first_release_are_told_from_their_shapes(make_model, tmp_path):
+    """Old names, no q and k norm, A and Wdt per query head, and a config that says none of it."""
+    model = make_model(qk_norm=False, mask_heads=4, keep_window_size=5, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {}
+    for name, tensor in tensors.items():
+        for new, old in OLD_NAMES.items():
+            name = name.replace(new, old)
+        renamed[name] = tensor
+    assert "model.layers.0.pre_residual.weight" in renamed
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    for field in ("qk_norm", "mask_heads", "local_window"):
+        config.pop(field)
+    config |= {"dynamic_mask_ratio": 0.0, "hidden_bias": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for again in (load_model(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        assert (again.config.qk_norm, again.config.mask_heads) == (False, 4)
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_mask_ratio_that_looks_ahead_is_refused():
+    with pytest.raises(ValueError, match=r"dynamic_mask_ratio is 0.25, expected 0"):
+        DogeConfig(dynamic_mask_ratio=0.25)
+
+
+def test_experts_are_for_another_version(tmp_path):
+    config = config_for("tiny", vocab_size=64, is_moe=True, num_experts=16)
+    assert AutoConfig.for_model("doge", is_moe=True, num_experts=16).num_experts == 16
+    with pytest.raises(NotImplementedError, match="Mixture of Experts"):
+        DogeForCausalLM(config)
+    config.save_pretrained(tmp_path)
+    save_file({"model.norm.weight": torch.ones(192)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="Mixture of Experts"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 50, "num_attention_heads": 4}, "hidden_size 50 is not a multiple of num_attention_heads 4"),
+        ({"num_attention_heads": 6, "hidden_size": 48, "num_key_value_heads": 4}, "6 is not a multiple of .* 4"),
+        ({"keep_window_size": 0}, "keep_window_size is 0, expected at least 1"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 2, "mask_heads": 3}, "mask_heads is 3, expected 2 .* or 8"),
+        ({"sliding_window": 128}, "sliding_window is 128, expected null"),
+        ({"local_window": -1}, "local_window is -1, expected 0 or more"),
+        ({"head_dim": 7}, "head_dim is 7, expected an even number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ],
+)
+def test_configurations_that_cannot_be_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DogeConfig(**fields)
+
+
+def test_inputs_that_do_not_fit_are_named(make_model):
+    model = make_model()
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 7\), expected"):
+        model(IDS, attention_mask=torch.ones(1, 7))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="StaticCache, expected a cache that grows"):
+        model(IDS, past_key_values=StaticCache(model.config, max_cache_len=64))
+
+
+@torch.no_grad()
+def test_logits_to_keep(make_model):
+    model = make_model()
+    full = model(IDS).logits
+    assert torch.allclose(model(IDS, logits_to_keep=3).logits, full[:, -3:], atol=1e-6)
+    assert torch.allclose(model(IDS, logits_to_keep=torch.tensor([0, 4])).logits, full[:, [0, 4]], atol=1e-6)
+
+
+def test_loss_over_items_in_batch(make_model):
+    model = make_model()
+    mean = model(IDS, labels=IDS).loss
+    assert torch.allclose(model(IDS, labels=IDS, num_items_in_batch=22).loss, mean / 2)
+
+
+def test_gradient_checkpointing_changes_nothing(make_model):
+    gradients = []
+    for checkpointed in (False, True):
+        model = make_model(keep_window_size=5).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+@torch.no_grad()
+def test_attentions_and_hidden_states(make_model):
+    model = make_model(keep_window_size=5)
+    out = model(IDS, output_attentions=True, output_hidden_states=True)
+    assert len(out.attentions) == 3
+    assert len(out.hidden_states) == 4
+    for weights in out.attentions:
+        assert weights.shape == (1, 4, 12, 12)
+        assert ((weights > 0).sum(-1) <= 5).all()
+        assert torch.allclose(weights.sum(-1), torch.ones(1, 4, 12))
+    assert torch.allclose(out.logits, model(IDS).logits, atol=1e-6)
+    assert isinstance(model(IDS, return_dict=False), tuple)
+
+
+@torch.no_grad()
+def test_bfloat16_and_autocast_are_as_exact_as_in_transformers(make_model, tmp_path):
+    """Relative error of the logits against float64; a score of 50 amplifies rounding, so the median of five models."""
+
+    def error(model, exact):
+        return ((model(IDS).logits.double() - exact).norm() / exact.norm()).item()
+
+    errors = []
+    for seed in range(5):
+        ours = make_model(torch.float64, seed=seed)
+        exact = ours(IDS).logits
+        ours.float().save_pretrained(tmp_path)
+        both = ours, TheirDoge.from_pretrained(tmp_path).eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = [error(model, exact) for model in both]
+        errors.append(autocast + [error(model.to(torch.bfloat16), exact) for model in both])
+    ours_autocast, theirs_autocast, ours_half, theirs_half = torch.tensor(errors).median(dim=0).values.tolist()
+    assert ours_autocast < 1.1 * theirs_autocast < 0.03
+    assert ours_half < 1.1 * theirs_half < 0.03
+
+
+def test_sequence_classification_learns_from_the_last_real_token(make_model, tmp_path):
+    config = make_model(num_labels=3).config
+    model = DogeForSequenceClassification(config).eval()
+    padded = torch.cat([IDS, torch.full((1, 4), 2)], dim=1)
+    mask = (padded != 2).long()
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, model(padded, attention_mask=mask).logits, atol=1e-5)
+    model(IDS, labels=torch.tensor([1])).loss.backward()
+    assert model.score.weight.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path)) is DogeForSequenceClassification
+
+
+def test_folders_that_cannot_be_opened_are_named(make_model, tmp_path):
+    with pytest.raises(UserError, match="does not exist; expected a folder"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"is a folder without a config.json"):
+        load_model(tmp_path)
+    make_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="are cut short or damaged"):
+        load_model(tmp_path)
+    tensors = {"model.norm.weight": torch.ones(48)}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack \d+ tensors, the first"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="is of type 'llama', expected 'doge'"):
+        load_model(tmp_path)
