@@ -199,7 +199,7 @@ def test_timing_steps_leaves_model_and_random_state_alone():
     model = DogeForCausalLM(config_for("tiny", vocab_size=300, hidden_dropout=0.1))
     before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
     batch = {"input_ids": torch.zeros(1, 8, dtype=torch.long), "labels": torch.zeros(1, 8, dtype=torch.long)}
-    assert steps_in(0.05, model, [batch] * 4, 1) > 0
+    assert steps_in(0.05, model, [batch] * 4, 1, lambda m: torch.optim.AdamW(m.parameters())) > 0
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

@@ -49,8 +49,8 @@ def generate(recipe: GenerateRecipe) -> str:
     from ..data.tokenizer import load_tokenizer
     from ..models import load_model
 
-    model = load_model(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
+    model: Any = load_model(recipe.model)
+    tokenizer: Any = load_tokenizer(recipe.model)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"the tokenizer of {recipe.model} has {len(tokenizer):,} entries and its model {model.config.vocab_size:,}"

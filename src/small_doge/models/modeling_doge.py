@@ -286,6 +286,8 @@ class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
         self.model = DogeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self._keys_to_ignore_on_save = {"lm_head.weight"}  # the Trainer would otherwise miss it on resuming
         self.post_init()
 
     def forward(

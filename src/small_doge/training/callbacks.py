@@ -80,7 +80,8 @@ class LossSinceLastLog(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__, {})
+        callbacks: Any = state.stateful_callbacks or {}
+        saved = callbacks.get(type(self).__name__, {})
         attributes = saved.get("attributes") if isinstance(saved, dict) else None
         if state.global_step and attributes:
             self.trainer._tr_loss.fill_(attributes["tr_loss"])

@@ -12,6 +12,11 @@ from ..errors import UserError
 MARKER = "checkpoint.json"
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of a checkpoint's folder, as the Trainer gives it."""
+    return f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
 def seal(checkpoint: str | Path) -> None:
     """Mark a checkpoint as completely written."""
     files = {p.name: p.stat().st_size for p in sorted(Path(checkpoint).iterdir()) if p.is_file() and p.name != MARKER}

@@ -71,7 +71,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     def _muon(self, group: dict[str, Any]) -> None:
         momentum = group["momentum"]
-        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
                 by_shape[p.shape].append(p)
@@ -82,13 +82,22 @@ class MuonAdamW(torch.optim.AdamW):
                     self.state[p] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
                 self.state[p]["step"] += 1
             buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-            gradients = [p.grad for p in parameters]
+            gradients = [p.grad for p in parameters if p.grad is not None]
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, gradients)
-            directions = torch.stack(torch._foreach_add(gradients, buffers, alpha=momentum))  # type: ignore[arg-type]
+            directions = torch.stack(torch._foreach_add(gradients, buffers, alpha=momentum))
             updates = orthogonalize(directions) * (-group["lr"] * 0.2 * max(shape) ** 0.5)
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, list(updates.unbind(0)))
+
+
+def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
+    """The optimiser of a pretraining recipe that asks for Muon, and otherwise AdamW on the same parameters."""
+    options: dict[str, Any] = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "fused": True}
+    if args.muon_learning_rate:
+        groups = parameter_groups(model, args.weight_decay, args.learning_rate, args.muon_learning_rate)
+        return MuonAdamW(groups, **options)
+    return torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
 
 
 def parameter_groups(

@@ -6,13 +6,14 @@ import importlib.util
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import Subset
 from transformers import PrinterCallback, Trainer, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar
 
 from .. import artifacts
@@ -22,9 +23,9 @@ from ..errors import UserError
 from ..models import SIZES, DogeForCausalLM, config_for, load_model
 from .arguments import PretrainArguments
 from .callbacks import CompletePrompts, LossSinceLastLog, PrintLog, SaveOnInterrupt, duration
-from .checkpoints import newest, seal
+from .checkpoints import checkpoint_name, newest, seal
 from .estimates import flops_per_token, peak_flops, training_bytes
-from .optimizer import MuonAdamW, decayed_parameters, parameter_groups
+from .optimizer import decayed_parameters, make_optimizer
 from .schedule import schedule_options, steps_in
 
 RUN_FILE = "run.json"
@@ -62,8 +63,9 @@ def pretrain(args: PretrainArguments) -> Path:
     checkpoint = newest(output_dir)
     parameters = sum(p.numel() for p in model.parameters())
     artifacts.require_space(output_dir, 16 * parameters * ((args.save_total_limit or 1) + 1), "this run")
-    model.to(args.device)
-    max_steps = args.max_steps = run["max_steps"] or _max_steps(args, model, data)
+    torch.nn.Module.to(model, args.device)
+    # What the first process knows holds for all; none writes into the folder before every one has looked at it.
+    max_steps = args.max_steps = broadcast_object_list([run["max_steps"] or _max_steps(args, model, data)])[0]
     args.lr_scheduler_kwargs = schedule_options(max_steps, args.decay_steps, args.decay_type, args.min_lr_ratio)
     if args.report_to in ("none", [], None) and importlib.util.find_spec("tensorboard"):
         args.report_to = ["tensorboard"]
@@ -71,9 +73,10 @@ def pretrain(args: PretrainArguments) -> Path:
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type == "cuda"
     disable_progress_bar()  # transformers' own, over files written in an instant
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     run |= {"settings": settings, "max_steps": max_steps}
-    artifacts.write_json(output_dir / RUN_FILE, run)
+    if args.process_index == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        artifacts.write_json(output_dir / RUN_FILE, run)
     interrupt, losses = SaveOnInterrupt(), LossSinceLastLog()
     samples = CompletePrompts(
         tokenizer, args.sample_prompts, args.sample_at, args.sample_tokens, output_dir / "samples.jsonl"
@@ -101,12 +104,13 @@ def pretrain(args: PretrainArguments) -> Path:
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.interrupted and trainer.state.global_step < max_steps:
-        artifacts.write_json(output_dir / RUN_FILE, run | {"seconds": run["seconds"] + time.perf_counter() - started})
-        print(
-            f"saved {output_dir / f'{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}'}; the same command continues"
-        )
+        if args.process_index == 0:
+            run["seconds"] += time.perf_counter() - started
+            artifacts.write_json(output_dir / RUN_FILE, run)
+            print(f"saved {checkpoint_name(trainer.state.global_step)} in {output_dir}; the same command continues")
         raise KeyboardInterrupt
-    metrics = trainer.evaluate()
+    last = trainer.state.log_history[-1]
+    metrics = last if "eval_loss" in last and last["step"] == max_steps else trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
@@ -140,14 +144,10 @@ class PretrainTrainer(Trainer):
         return decayed_parameters(model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        args, model = self.args, model or self.model
+        args: Any = self.args
+        target: Any = model or self.model
         if self.optimizer is None and args.muon_learning_rate:
-            self.optimizer = MuonAdamW(
-                parameter_groups(model, args.weight_decay, args.learning_rate, args.muon_learning_rate),
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                fused=True,
-            )
+            self.optimizer = make_optimizer(target, args)
         return super().create_optimizer(model)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,7 @@ class PretrainTrainer(Trainer):
         self._last_log = (self.state.global_step, time.time())  # so that validation is not counted as training time
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         loss = output.metrics["eval_loss"]
         output.metrics["eval_bits_per_byte"] = loss / math.log(2) / self.run.eval_bytes_per_token
         return output
@@ -176,10 +176,10 @@ class PretrainTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+            seal(Path(str(self.args.output_dir), checkpoint_name(self.state.global_step)))
 
 
-def _model(args: PretrainArguments, data: PackedTokens, tokenizer: Any) -> DogeForCausalLM:
+def _model(args: Any, data: PackedTokens, tokenizer: Any) -> DogeForCausalLM:
     """A fresh model of a size, or the one in a folder, fitting the vocabulary of the data."""
     vocab_size = data.manifest["vocab_size"]
     data.check_tokenizer(args.tokenizer)
@@ -215,7 +215,8 @@ def _max_steps(args: PretrainArguments, model: DogeForCausalLM, data: PackedToke
     if args.max_minutes is not None:
         some = [collate([data[(i * rows + j) % len(data)] for j in range(rows)]) for i in range(8)]
         batches = [{name: x.to(args.device) for name, x in batch.items()} for batch in some]
-        fits = steps_in(args.max_minutes, model, batches, args.gradient_accumulation_steps)
+        optimizer = partial(make_optimizer, args=args)
+        fits = steps_in(args.max_minutes, model, batches, args.gradient_accumulation_steps, optimizer)
         return min(fits, args.max_steps) if args.max_steps > 0 else fits
     if args.max_steps > 0:
         return args.max_steps

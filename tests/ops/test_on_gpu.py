@@ -1,0 +1,88 @@
+"""What only a GPU can show: its attention kernels, its memory, and compilation. Run with ``pytest -m gpu``."""
+
+import pytest
+import torch
+
+from small_doge.models import DogeForCausalLM, config_for
+from small_doge.ops.dynamic_mask import folded, reference
+from small_doge.ops.linear_cross_entropy import linear_cross_entropy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+def relative_error(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def poison():
+    """Fill the allocator's free memory with NaN, so that reading what was never written shows."""
+    torch.full((1 << 28,), float("nan"), device="cuda")
+
+
+@pytest.mark.parametrize("T", [1, 17, 128, 1000, 2048])
+@pytest.mark.parametrize(("H", "G", "M"), [(2, 1, 1), (4, 2, 2), (4, 2, 4)])
+@pytest.mark.parametrize("D", [16, 64, 80, 128])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_folded_against_the_float64_reference(T, H, G, M, D, dtype, tolerance):
+    g = torch.Generator("cuda").manual_seed(T)
+    shapes = [(2, H, T, D), (2, G, T, D), (2, G, T, D), (2, M, T), (2, H, T, D)]
+    q, k, v, s, cotangent = (torch.randn(shape, generator=g, device="cuda", dtype=torch.float64) for shape in shapes)
+    leaves = [q.to(dtype), k.to(dtype), v.to(dtype), (s.abs() * 3).float()]
+    exact = [x.double().requires_grad_() for x in leaves]
+    leaves = [x.requires_grad_() for x in leaves]
+    expected = reference(*exact, T)[0]
+    expected_gradients = torch.autograd.grad((expected * cotangent).sum(), exact)
+    poison()
+    got = folded(*leaves)
+    gradients = torch.autograd.grad((got * cotangent.to(dtype)).sum(), leaves)
+    assert relative_error(got, expected) < tolerance
+    if T > 1:
+        for name, a, b in zip("qkvs", gradients, expected_gradients, strict=True):
+            assert relative_error(a, b) < 2 * tolerance, name
+
+
+def test_chunked_loss_under_autocast():
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(5000, 64, generator=g, device="cuda").requires_grad_()
+    weight = torch.randn(32768, 64, generator=g, device="cuda").mul(0.1).requires_grad_()
+    labels = torch.randint(0, 32768, (5000,), generator=g, device="cuda")
+    exact = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, labels)
+    expected = torch.autograd.grad(exact, [hidden, weight])
+    poison()
+    with torch.autocast("cuda", torch.bfloat16):
+        got = linear_cross_entropy(hidden, weight, labels, 5000)
+    gradients = torch.autograd.grad(got, [hidden, weight])
+    assert abs(got.item() - exact.item()) < 1e-3 * exact.item()
+    for a, b in zip(gradients, expected, strict=True):
+        assert relative_error(a, b) < 1e-2
+
+
+def test_training_compiles_without_graph_breaks():
+    torch.manual_seed(0)
+    model = DogeForCausalLM(config_for("tiny", vocab_size=512)).cuda().train()
+    ids = torch.randint(0, 512, (2, 128), device="cuda")
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = compiled(input_ids=ids, labels=ids, use_cache=False).loss
+        plain = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    assert abs(loss.item() - plain.item()) < 1e-2 * plain.item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [64, 2048])
+def test_a_cached_step_equals_the_full_pass_on_a_gpu(window):
+    torch.manual_seed(0)
+    model = DogeForCausalLM(config_for("20m", vocab_size=512, keep_window_size=window)).cuda().double().eval()
+    for layer in model.model.layers:
+        layer.self_attn.A.uniform_(-1, 1)
+    ids = torch.randint(0, 20, (2, 200), device="cuda")  # words repeat
+    full = model(ids).logits
+    out = model(ids[:, :120], use_cache=True)
+    logits = [out.logits]
+    for t in range(120, 200, 8):
+        logits.append(model(ids[:, t : t + 8], past_key_values=out.past_key_values, use_cache=True).logits)
+    assert (torch.cat(logits, 1) - full).abs().max() < 1e-9
+    edited = ids.clone()
+    edited[:, 150:] = 21
+    assert torch.equal(model(edited).logits[:, :150], full[:, :150])
