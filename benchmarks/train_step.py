@@ -26,12 +26,14 @@ import transformers
 from small_doge.models import DogeConfig, DogeForCausalLM, config_for
 from small_doge.training.estimates import flops_per_token, peak_flops
 
+CHUNKED = "ours, loss in chunks"  # as `doge pretrain` trains: no logits are returned
+COLORS = {"ours": "#0072B2", CHUNKED: "#56B4E9", "transformers Doge": "#999999", "transformers Llama": "#E69F00"}
 ROWS = {"tiny": 16, "20m": 32, "60m": 16, "160m": 8, "320m": 4}  # micro-batches the dense mask still fits into
 
 
 def build(kind: str, config: DogeConfig) -> torch.nn.Module:
     """A model of one of the three kinds, of the size of ``config``."""
-    if kind == "ours":
+    if kind.startswith("ours"):
         return DogeForCausalLM(config)
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
     same = {name: getattr(config, name) for name in (*names.split(), "max_position_embeddings", "tie_word_embeddings")}
@@ -40,15 +42,16 @@ def build(kind: str, config: DogeConfig) -> torch.nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**same))
 
 
-def stepper(model: torch.nn.Module, compiled: bool, ids: torch.Tensor):
+def stepper(kind: str, model: torch.nn.Module, compiled: bool, ids: torch.Tensor):
     """A function that trains one step; bfloat16 autocast on a GPU, float32 on a CPU."""
+    options = {"skip_logits": True} if kind == CHUNKED else {}
     model.to(ids.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     run = torch.compile(model, dynamic=False) if compiled else model
 
     def step() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-            loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = run(input_ids=ids, labels=ids, use_cache=False, **options).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -78,7 +81,7 @@ def measure(size: str, mode: str, args: argparse.Namespace, device: torch.device
         torch.manual_seed(0)
         torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        steps[kind] = stepper(build(kind, config), mode == "compiled", ids)
+        steps[kind] = stepper(kind, build(kind, config), mode == "compiled", ids)
         seconds(steps[kind], args.warmup, device)
         gib[kind] = (torch.cuda.max_memory_allocated() - before) / 2**30 if device.type == "cuda" else float("nan")
         gc.collect()
@@ -98,27 +101,57 @@ def measure(size: str, mode: str, args: argparse.Namespace, device: torch.device
         row |= {"times_transformers_doge": round(base / median(times[kind]), 2)}
         results.append(row)
         print(
-            f"{size:>5} {mode:<9} {kind:<18} {rate:>12,.0f} tok/s  {row['times_transformers_doge']:>5} x Doge  "
+            f"{size:>5} {mode:<9} {kind:<21} {rate:>12,.0f} tok/s  {row['times_transformers_doge']:>5} x Doge  "
             f"{row['peak_gib']:>6} GiB  MFU {row['mfu']}",
             flush=True,
         )
     return results
 
 
+def draw(rows: list[dict[str, object]], path: Path) -> None:
+    """Bars of tokens/s relative to transformers' Doge, a group for each size and mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = list(dict.fromkeys((row["size"], row["mode"]) for row in rows))
+    kinds = list(dict.fromkeys(str(row["model"]) for row in rows))
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.6 + 1.3 * len(groups)), 3.6), layout="constrained")
+    for i, kind in enumerate(kinds):
+        of_kind = {(row["size"], row["mode"]): row for row in rows if row["model"] == kind}
+        places = [g + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for g in range(len(groups))]
+        heights = [float(str(of_kind[group]["times_transformers_doge"])) for group in groups]
+        bars = axes.bar(places, heights, 0.75 / len(kinds), label=kind, color=COLORS.get(kind))
+        labels = [f"{int(str(of_kind[group]['tokens_per_second'])) / 1e3:,.0f}k" for group in groups]
+        axes.bar_label(bars, labels, fontsize=7)
+    axes.set_xticks(range(len(groups)), [f"{size}\n{mode}" for size, mode in groups])
+    axes.set_ylabel("training speed, × transformers' Doge")
+    axes.set_title(f"Tokens per second, {rows[0]['device']}", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="tiny")
     parser.add_argument("--modes", default="eager", help="eager, compiled or both")
-    parser.add_argument("--kinds", default="ours,transformers Doge,transformers Llama")
+    parser.add_argument("--kinds", default=f"ours;{CHUNKED};transformers Doge;transformers Llama")
     parser.add_argument("--row_length", type=int, default=2048)
     parser.add_argument("--rows", type=int, help="rows a step; by default what fits the dense mask at each size")
     parser.add_argument("--vocab_size", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--draw", metavar="CSV", help="only draw the picture of an earlier run")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "train_step.csv"))
     args = parser.parse_args()
-    args.kinds = args.kinds.split(",")
+    if args.draw:
+        with open(args.draw, newline="", encoding="utf-8") as file:
+            return draw(list(csv.DictReader(file)), Path(args.draw).with_suffix(".png"))
+    args.kinds = args.kinds.split(";")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"],  # noqa: S607
@@ -146,6 +179,7 @@ def main() -> None:
                 writer = csv.DictWriter(file, rows[0])
                 writer.writeheader()
                 writer.writerows(rows)
+    draw(rows, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

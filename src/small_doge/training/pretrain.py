@@ -109,8 +109,8 @@ def pretrain(args: PretrainArguments) -> Path:
             artifacts.write_json(output_dir / RUN_FILE, run)
             print(f"saved {checkpoint_name(trainer.state.global_step)} in {output_dir}; the same command continues")
         raise KeyboardInterrupt
-    last = trainer.state.log_history[-1]
-    metrics = last if "eval_loss" in last and last["step"] == max_steps else trainer.evaluate()
+    at_the_end = [row for row in trainer.state.log_history if row["step"] == max_steps and "eval_loss" in row]
+    metrics = at_the_end[-1] if at_the_end else trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
