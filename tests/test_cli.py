@@ -90,6 +90,13 @@ def test_words_on_the_command_line_are_read_as_a_person_means_them(field, text, 
     assert type(getattr(made, field)) is type(value)
 
 
+@pytest.mark.parametrize(
+    "words", [["no", "--model", "m", "--stream"], ["--model", "m", "no", "--stream"], ["--stream", "--model=m", "no"]]
+)
+def test_a_prompt_may_stand_anywhere(words):
+    assert cli._overrides(words, "prompt") == {"prompt": "no", "model": "m", "stream": True}
+
+
 def test_fields_are_checked_and_converted():
     made = recipe.build(Sample, {"size": 4.0, "rate": 2, "name": 7, "names": ["a"], "on": True})
     assert made == Sample(4, 2.0, "7", ["a"], True)
@@ -97,6 +104,7 @@ def test_fields_are_checked_and_converted():
     for values, message in [
         ({}, "lacks the field `size`: how large"),
         ({"size": 1, "rats": 2}, r"unknown field `rats` \(did you mean `rate`\?\)"),
+        ({"size": 1, "n": 2}, r"unknown field `n` \(did you mean `name`\?\)"),
         ({"size": "many"}, r"`size` is 'many', expected a whole number"),
         ({"size": 1.5}, r"`size` is 1.5, expected a whole number"),
         ({"size": True}, r"`size` is True, expected a whole number"),

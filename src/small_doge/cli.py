@@ -33,13 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         epilog="doge STAGE --help lists the fields of a stage's recipe.",
     )
     stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
-    for name, (*_, what, bare) in _STAGES.items():
+    for name, (*_, what, _) in _STAGES.items():
         stage = stages.add_parser(name, help=what, add_help=False, allow_abbrev=False)
         stage.add_argument("-h", "--help", action="store_true")
         stage.add_argument("--config", metavar="RECIPE.yaml")
         stage.add_argument("--verbose", action="store_true")
-        if bare:
-            stage.add_argument(bare, nargs="?", default=argparse.SUPPRESS)
     known, rest = parser.parse_known_args(argv)
     try:
         return _run(known, rest)
@@ -58,9 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
     module_name, recipe_name, function_name, what, bare = _STAGES[known.stage]
-    overrides = _overrides(rest) if not known.help else {}
-    if bare and hasattr(known, bare):
-        overrides[bare] = recipes.Word(getattr(known, bare))
+    overrides = _overrides(rest, bare) if not known.help else {}
     module = importlib.import_module(f".{module_name}", __package__)
     cls = getattr(module, recipe_name)
     if known.help:
@@ -70,11 +66,18 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _overrides(words: list[str]) -> dict[str, Any]:
-    """``--field value``, ``--field=value`` and a bare ``--field`` (true) to fields and values."""
+def _overrides(words: list[str], bare: str | None) -> dict[str, Any]:
+    """``--field value``, ``--field=value`` and a lone ``--field`` (true) to fields and values.
+
+    One word that belongs to no field is the value of the field ``bare``, such as the prompt.
+    """
     fields: dict[str, Any] = {}
     i = 0
     while i < len(words):
+        if not words[i].startswith("--") and bare and bare not in fields:
+            fields[bare] = recipes.Word(words[i])
+            i += 1
+            continue
         if not words[i].startswith("--") or words[i] == "--":
             raise UserError(f"found {words[i]!r}, expected `--field value`")
         name, equals, text = words[i][2:].partition("=")

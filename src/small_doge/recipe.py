@@ -88,7 +88,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """A hint at the known name closest to ``name``: ``" (did you mean …?)"``, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    known = list(known)
+    abbreviated = [k for k in known if name == "".join(part[:1] for part in k.split("_"))]  # lr: learning_rate
+    close = abbreviated or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f" (did you mean `{close[0]}`?)" if close else ""
 
 

@@ -22,7 +22,7 @@ def distinct_tokens(B, T, seed=0):
 def both(make_model, tmp_path):
     ours = make_model()
     ours.save_pretrained(tmp_path / "ours")
-    theirs = TheirDoge.from_pretrained(tmp_path / "ours").eval()
+    theirs = TheirDoge.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     assert type(theirs).__module__.startswith("transformers.")
     return ours, theirs
 

@@ -65,21 +65,18 @@ class LossSinceLastLog(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.trainer: Any = None
-        self._restored: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        started = self.trainer is not None and hasattr(self.trainer, "_tr_loss")
-        attributes = {}
-        if started:
-            attributes = {
-                "tr_loss": self.trainer._tr_loss.item(),
-                "last_logged": self.trainer._globalstep_last_logged,
-            }
-        return {"args": {}, "attributes": attributes}
+        """What ``trainer_state.json`` keeps; empty before the Trainer has begun to sum."""
+        if not hasattr(self.trainer, "_tr_loss"):
+            return {"args": {}, "attributes": {}}
+        sums = {"tr_loss": self.trainer._tr_loss.item(), "last_logged": self.trainer._globalstep_last_logged}
+        return {"args": {}, "attributes": sums}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.last_log = (state.global_step, time.time())
         callbacks: Any = state.stateful_callbacks or {}
         saved = callbacks.get(type(self).__name__, {})
         attributes = saved.get("attributes") if isinstance(saved, dict) else None

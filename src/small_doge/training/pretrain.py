@@ -138,7 +138,7 @@ class PretrainTrainer(Trainer):
     def __init__(self, *args: Any, run: _Run, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.run = run
-        self._last_log: tuple[int, float] | None = None
+        self.last_log = (0, 0.0)  # step and time; LossSinceLastLog sets them when training begins
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return decayed_parameters(model)
@@ -157,14 +157,14 @@ class PretrainTrainer(Trainer):
         """Add bits per byte, tokens/s and model FLOP utilisation to the Trainer's own entries."""
         now = time.time()
         if "loss" in logs:
-            step, since = self._last_log or (self._initial_global_step, start_time or now)
+            step, since = self.last_log
             rate = self.run.tokens_per_step * (self.state.global_step - step) / max(now - since, 1e-9)
             logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.run.bytes_per_token
             logs["tokens_per_second"] = rate
             if self.run.peak_flops:
                 logs["mfu"] = rate * self.run.flops_per_token / self.run.peak_flops / self.args.world_size
         super().log(logs, start_time)
-        self._last_log = (self.state.global_step, time.time())  # so that validation is not counted as training time
+        self.last_log = (self.state.global_step, time.time())  # so that validation is not counted as training time
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         output: Any = super().evaluation_loop(*args, **kwargs)
