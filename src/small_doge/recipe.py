@@ -56,9 +56,9 @@ class Word(str):
             value = yaml.load(str(self), _Loader)  # noqa: S506 - _Loader is a SafeLoader
         except yaml.YAMLError:
             return str(self)
-        if str not in bases or (value is None and type(None) in bases) or isinstance(value, (list, dict)):
-            return value if str not in bases or value is None or type(value) in bases else str(self)
-        return str(self)
+        if str not in bases or (value is None and type(None) in bases):
+            return value
+        return value if isinstance(value, (list, dict)) and type(value) in bases else str(self)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
