@@ -10,6 +10,8 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+# What says where on the Hub, or in its cache, a model is: keyword arguments of from_pretrained.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Tensor names of the first releases → today's.
 FIRST_RELEASE_NAMES = {
     r"word_embed\.weight$": "embed_tokens.weight",
@@ -30,8 +32,7 @@ def stored_shapes(model: str | os.PathLike, options: dict[str, Any] | None = Non
         options: keyword arguments of ``from_pretrained``; those that say where to look are used.
     """
     options = options or {}
-    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    where = {name: options[name] for name in names if options.get(name) is not None}
+    where = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
 
     def find(file_name: str) -> str | None:
         if os.path.isdir(model):

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ..ops.dynamic_mask import dynamic_mask_attention
 from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
-from .checkpoints import FIRST_RELEASE_NAMES, stored_shapes
+from .checkpoints import FIRST_RELEASE_NAMES, HUB_OPTIONS, stored_shapes
 from .configuration_doge import DogeConfig
 from .masks import visible_keys
 from .rotary import grows_with_length, rotary_angles, rotate
@@ -166,7 +166,7 @@ class DogePreTrainedModel(PreTrainedModel):
         if shapes:
             config = kwargs.pop("config", None)
             if not isinstance(config, DogeConfig):
-                hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+                hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
                 config = DogeConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
             config = copy.deepcopy(config)
             A = [shape for name, shape in shapes.items() if name.endswith("self_attn.A")]
@@ -176,9 +176,6 @@ class DogePreTrainedModel(PreTrainedModel):
             kwargs["config"] = config
             kwargs.setdefault("key_mapping", FIRST_RELEASE_NAMES)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class DogeModel(DogePreTrainedModel):
