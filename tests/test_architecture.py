@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # A path of one machine: a slash that begins a path (no word, dot or colon before it), then a folder that some machines
 # have and others lack.
 MACHINE_PATH = re.compile(
-    r"(?<![\w.:/}])/(?:home|tmp|root|Users|work|mnt|media|opt|scratch)\b|\b[A-Za-z]:\\{1,2}Users\b"
+    r"(?<![\w.:/}])/(?:home|tmp|root|Users|mnt|media|opt|scratch)\b|\b[A-Za-z]:\\{1,2}Users\b"
 )
 
 
@@ -170,7 +170,7 @@ def test_sources_hold_no_paths_of_a_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ['open("/home/ann/x")', "DATA = '/tmp/doge'", "# see /work/data", r'Path("C:\\Users\\ann")', "f'/root'"]
+    "line", ['open("/home/ann/x")', "DATA = '/tmp/doge'", "# see /mnt/data", r'Path("C:\\Users\\ann")', "f'/root'"]
 )
 def test_a_path_of_a_machine_is_caught(line: str) -> None:
     assert MACHINE_PATH.search(line)
@@ -178,7 +178,7 @@ def test_a_path_of_a_machine_is_caught(line: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['"https://host/home/x"', "runs/tmp/x", "a/work", '"/v1/chat"', '"training:\\Usage"', "../tmp/x", "f'{root}/tmp'"],
+    ['"https://host/home/x"', "runs/tmp/x", "a/mnt", '"/v1/chat"', '"training:\\Usage"', "../tmp/x", "f'{root}/tmp'"],
 )
 def test_other_slashes_are_let_through(line: str) -> None:
     assert not MACHINE_PATH.search(line)
