@@ -36,9 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # A path of one machine: a slash that begins a path (no word, dot or colon before it), then a folder that some machines
 # have and others lack.
-MACHINE_PATH = re.compile(
-    r"(?<![\w.:/}])/(?:home|tmp|root|Users|mnt|media|opt|scratch)\b|\b[A-Za-z]:\\{1,2}Users\b"
-)
+MACHINE_PATH = re.compile(r"(?<![\w.:/}])/(?:home|tmp|root|Users|mnt|media|opt|scratch)\b|\b[A-Za-z]:\\{1,2}Users\b")
 
 
 def unit_of(path: PurePosixPath) -> str:

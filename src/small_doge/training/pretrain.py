@@ -213,7 +213,7 @@ def _begun(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 def _max_steps(args: PretrainArguments, model: DogeForCausalLM, data: PackedTokens) -> int:
     rows = args.train_batch_size
     if args.max_minutes is not None:
-        some = [collate([data[(i * rows + j) % len(data)] for j in range(rows)]) for i in range(8)]
+        some = [collate([data[(i * rows + j) % len(data)] for j in range(rows)]) for i in range(18)]
         batches = [{name: x.to(args.device) for name, x in batch.items()} for batch in some]
         optimizer = partial(make_optimizer, args=args)
         fits = steps_in(args.max_minutes, model, batches, args.gradient_accumulation_steps, optimizer)

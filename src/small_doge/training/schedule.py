@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ def steps_in(
     """How many optimiser steps fit into ``minutes``, from timing some on a copy of the model.
 
     ``batches`` are micro-batches on the model's device, at least three; the first two warm up and are not counted. The
+    fastest quarter of the others counts: what else the machine does for a moment should not shorten the whole run. The
     model and the random state are left as they were.
     """
     trial = copy.deepcopy(model).train()
@@ -38,9 +38,14 @@ def steps_in(
         trial(**batch, skip_logits=True).loss.backward()
 
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        per_batch = median([_timed(partial(backward, batch)) for batch in batches][2:])
-        update = median([_timed(optimizer.step) for _ in range(4)][1:])
+        per_batch = _usual([_timed(partial(backward, batch)) for batch in batches][2:])
+        update = _usual([_timed(optimizer.step) for _ in range(5)][1:])
     return max(1, int(minutes * 60 / (per_batch * accumulation + update)))
+
+
+def _usual(seconds: list[float]) -> float:
+    """The lower quartile."""
+    return sorted(seconds)[len(seconds) // 4]
 
 
 def _timed(work: Callable[[], Any]) -> float:
