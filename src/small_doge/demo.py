@@ -18,7 +18,7 @@ class DemoRecipe:
     """What the demo may take and where it goes."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "folder of the run"})
-    max_minutes: float = field(default=7.0, metadata={"help": "minutes for all stages together"})
+    max_minutes: float = field(default=6.5, metadata={"help": "minutes for all stages together"})
     recipes: str = field(
         default=str(Path(__file__).resolve().parents[2] / "recipes" / "doge-tiny"),
         metadata={"help": "folder with tokenizer.yaml, prepare.yaml, pretrain.yaml, evaluate.yaml and report.yaml"},
