@@ -59,6 +59,15 @@ def test_a_second_run_reuses_the_first(desk):
     assert written == {p: p.stat().st_mtime_ns for p in (desk / "run").rglob("*.safetensors")}
 
 
+def test_the_stages_one_by_one_find_what_the_demo_made(desk):
+    """README's commands after `make demo`: the recipe's own minutes do not make it another run."""
+    paths = ["--data", "run/data", "--tokenizer", "run/tokenizer", "--output_dir", "run/pretrain"]
+    process = doge("pretrain", "--config", "recipes/pretrain.yaml", *paths, cwd=desk)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert "holds this run already, finished" in said
+
+
 def test_another_run_in_the_same_folder_is_refused(desk):
     path = desk / "recipes" / "tokenizer.yaml"
     before = path.read_text()

@@ -17,6 +17,7 @@ _WATCHING = {
     *("save_total_limit", "save_strategy", "dataloader_num_workers", "sample_prompts", "sample_at", "sample_tokens"),
     *("use_cpu", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("data", "tokenizer", "local_rank", "resume_from_checkpoint"),
+    "max_minutes",  # becomes steps once, when the run begins
 }
 
 
