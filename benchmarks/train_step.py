@@ -11,35 +11,19 @@ the FLOP a token costs (the roofline's numerator) and the share of the chip's pe
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import os
-import platform
-import subprocess
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
-import transformers
+from common import BLUE, GREY, ORANGE, RESULTS, SKY, build, provenance, read_csv, seconds, this_device, write_csv
 
-from small_doge.models import DogeConfig, DogeForCausalLM, config_for
+from small_doge.models import config_for
 from small_doge.training.estimates import flops_per_token, peak_flops
 
 CHUNKED = "ours, loss in chunks"  # as `doge pretrain` trains: no logits are returned
-COLORS = {"ours": "#0072B2", CHUNKED: "#56B4E9", "transformers Doge": "#999999", "transformers Llama": "#E69F00"}
+COLORS = {"ours": BLUE, CHUNKED: SKY, "transformers Doge": GREY, "transformers Llama": ORANGE}
 ROWS = {"tiny": 16, "20m": 32, "60m": 16, "160m": 8, "320m": 4}  # micro-batches the dense mask still fits into
-
-
-def build(kind: str, config: DogeConfig) -> torch.nn.Module:
-    """A model of one of the three kinds, of the size of ``config``."""
-    if kind.startswith("ours"):
-        return DogeForCausalLM(config)
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    same = {name: getattr(config, name) for name in (*names.split(), "max_position_embeddings", "tie_word_embeddings")}
-    if kind == "transformers Doge":
-        return transformers.DogeForCausalLM(transformers.DogeConfig(**same, keep_window_size=config.keep_window_size))
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**same))
 
 
 def stepper(kind: str, model: torch.nn.Module, compiled: bool, ids: torch.Tensor):
@@ -57,18 +41,6 @@ def stepper(kind: str, model: torch.nn.Module, compiled: bool, ids: torch.Tensor
         optimizer.zero_grad()
 
     return step
-
-
-def seconds(step, repeats: int, device: torch.device) -> float:
-    """Seconds of one step, averaged over ``repeats``."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
 
 
 def measure(size: str, mode: str, args: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
@@ -146,39 +118,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--draw", metavar="CSV", help="only draw the picture of an earlier run")
-    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "train_step.csv"))
+    parser.add_argument("--output", default=str(RESULTS / "train_step.csv"))
     args = parser.parse_args()
     if args.draw:
-        with open(args.draw, newline="", encoding="utf-8") as file:
-            return draw(list(csv.DictReader(file)), Path(args.draw).with_suffix(".png"))
+        return draw(read_csv(args.draw), Path(args.draw).with_suffix(".png"))
     args.kinds = args.kinds.split(";")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    where = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": os.environ.get("COMMIT") or git.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    device = this_device()
+    where = provenance(device)
     rows = []
     for size in args.sizes.split(","):
         for mode in args.modes.split(","):
             rows += [row | where for row in measure(size, mode, args, device)]
             torch.compiler.reset()
             gc.collect()
-            path = Path(args.output)  # written after every size, so that a run that is cut short leaves what it had
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            path = write_csv(rows, args.output)  # after every size: a run that is cut short leaves what it had
     draw(rows, path.with_suffix(".png"))
 
 
