@@ -9,7 +9,7 @@ import sys as _sys
 
 from .errors import UserError
 
-_EXPORTS = ("DogeConfig", "DogeForCausalLM", "DogeForSequenceClassification", "DogeModel")
+_EXPORTS = ("DogeConfig", "DogeForCausalLM", "DogeForSequenceClassification", "DogeModel", "DynamicMaskCache")
 __all__ = [*_EXPORTS, "UserError"]
 
 # Registering takes torch and transformers, seconds of import. Our own command answers --help without them and imports

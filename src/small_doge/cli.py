@@ -21,6 +21,7 @@ _STAGES = {
     "pretrain": ("training.pretrain", "PretrainArguments", "pretrain", "train a model on packed tokens", None),
     "evaluate": ("evaluation.evaluate", "EvaluateRecipe", "evaluate", "bits per byte on held-out text", "model"),
     "generate": ("inference.generate", "GenerateRecipe", "generate", "complete a prompt", "prompt"),
+    "info": ("inference.info", "InfoRecipe", "info", "a model's size, state and attention path", "model"),
     "report": ("report.page", "ReportRecipe", "report", "one page about a run", "run_dir"),
 }
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from transformers import DogeForCausalLM as TheirDoge
+from transformers import DynamicCache
 
 PATHS = {
     "folded": {"keep_window_size": 64},
@@ -14,6 +15,7 @@ PATHS = {
     "first release": {"keep_window_size": 7, "qk_norm": False, "mask_heads": 4},
     "first release, folded": {"keep_window_size": 64, "qk_norm": False, "mask_heads": 4},
     "biases": {"keep_window_size": 7, "attention_bias": True, "mlp_bias": True},
+    "first release, local window": {"keep_window_size": 6, "qk_norm": False, "mask_heads": 4, "local_window": 2},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}, "keep_window_size": 7},
 }
 # Words repeat, as they do in text: equal tokens tie in the first layer.
@@ -45,10 +47,13 @@ def test_a_later_token_changes_no_earlier_logit(make_model, path, dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("steps", [[30], [1] * 30, [10] + [1] * 20, [3, 7, 1, 1, 12, 6]])
-def test_a_cached_step_equals_the_full_sequence(make_model, path, dtype, steps):
+@pytest.mark.parametrize("steps", [[30], [1] * 30, [10] + [1] * 20, [3, 7, 1, 1, 12, 6]], ids=str)
+@pytest.mark.parametrize("growing", [False, True])  # the default cache, of constant size, and transformers'
+def test_a_cached_step_equals_the_full_sequence(make_model, path, dtype, steps, growing):
     model = make_model(dtype, **path)
-    full, cache, start, logits = model(ids()).logits, None, 0, []
+    full, cache, start, logits = model(ids(), use_cache=False).logits, None, 0, []
+    if growing:
+        cache = DynamicCache(config=model.config)
     for n in steps:
         out = model(ids()[:, start : start + n], past_key_values=cache, use_cache=True)
         cache, start = out.past_key_values, start + n
@@ -126,7 +131,9 @@ def test_dynamic_rope_with_a_cache_past_the_trained_length(make_model, tmp_path)
     what is left is less than where cached keys keep their old angles, as in transformers.
     """
     options = {"rope_parameters": DYNAMIC, "max_position_embeddings": 16, "keep_window_size": 64}
-    assert largest_step_difference(make_model(torch.float64, num_hidden_layers=1, **options)) < 1e-9
+    for window in (64, 7):
+        one_layer = options | {"num_hidden_layers": 1, "keep_window_size": window}
+        assert largest_step_difference(make_model(torch.float64, **one_layer)) < 1e-9
     deep = make_model(torch.float64, **options)
     deep.save_pretrained(tmp_path)
     theirs = TheirDoge.from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="eager").eval()

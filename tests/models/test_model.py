@@ -103,7 +103,7 @@ def test_inputs_that_do_not_fit_are_named(make_model):
         model(IDS, attention_mask=torch.ones(1, 7))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="StaticCache, expected a cache that grows"):
+    with pytest.raises(ValueError, match="StaticCache, expected DynamicMaskCache or a cache that grows"):
         model(IDS, past_key_values=StaticCache(model.config, max_cache_len=64))
 
 

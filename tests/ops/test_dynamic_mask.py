@@ -1,6 +1,7 @@
 """Dynamic Mask Attention: the reference against brute force, the folded path against the reference."""
 
 import heapq
+import importlib
 import math
 
 import pytest
@@ -8,8 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from small_doge.ops.dynamic_mask import dynamic_mask_attention, folded, reference
-from small_doge.ops.dynamic_mask.reference import causal_mask, kept_keys, ranks
+from small_doge.ops.dynamic_mask import (
+    FORCE,
+    choose_path,
+    chunked,
+    dynamic_mask_attention,
+    eviction_times,
+    folded,
+    ranks,
+    reference,
+    visible_keys,
+)
+from small_doge.ops.dynamic_mask.reference import kept_keys
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -141,7 +152,7 @@ def test_kept_keys_are_those_of_a_heap_and_never_return(values, window):
     """W(i) against a heap on the grid; and once a key has left W it stays away, so that the mask is an interval."""
     s = torch.tensor(values, dtype=torch.float64)[None, None]
     T = len(values)
-    kept = kept_keys(s, causal_mask(T, T, s.device), window)[0, 0]
+    kept = kept_keys(s, visible_keys(T, T, s.device), window)[0, 0]
     order = ranks(s)[0, 0].tolist()
     for i in range(T):
         best = set(heapq.nlargest(window, range(i + 1), key=lambda j: order[j]))
@@ -154,7 +165,7 @@ def test_a_tie_goes_to_the_newer_key_and_noise_does_not_decide_it():
     s = torch.full((1, 1, 6), 1.3, dtype=torch.float32)
     noisy = s * (1 + torch.tensor([2e-6, -2e-6, 1e-6, 0, -1e-6, 0]))
     for scores_ in (s, noisy, noisy.double()):
-        kept = kept_keys(scores_, causal_mask(6, 6, s.device), 2)[0, 0]
+        kept = kept_keys(scores_, visible_keys(6, 6, s.device), 2)[0, 0]
         assert kept[5].nonzero().flatten().tolist() == [4, 5]
 
 
@@ -166,13 +177,146 @@ def test_ranks_order_as_numbers_do():
     assert ranks(torch.tensor([0.0, -0.0])).tolist() == [r * 1 for r in ranks(torch.tensor([0.0, 0.0])).tolist()]
 
 
-def test_dispatcher_folds_up_to_the_window_and_not_beyond():
+SCORES = {
+    "random": lambda s: s,
+    "tied": torch.ones_like,
+    "rising": lambda s: s.sort(-1).values,
+    "falling": lambda s: s.sort(-1, descending=True).values,
+    "one huge key": lambda s: s.index_fill(-1, torch.tensor([s.shape[-1] // 3]), 40.0),
+    "minus infinity": lambda s: s.masked_fill(s < 1.5, -torch.inf).index_fill(-1, torch.tensor([0]), 1.0),
+    "equal in bfloat16": lambda s: 1 + s * 2**-10,
+}
+
+
+def assert_agrees(got, leaves, expected, exact, tolerance, rows=1.0):
+    """Outputs and all gradients under one random cotangent; ``rows`` is 0 where a query is padding."""
+    g = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(expected.shape, dtype=torch.float64, generator=g) * rows
+    gradients = torch.autograd.grad((got * cotangent.to(got.dtype)).sum(), leaves)
+    expected_gradients = torch.autograd.grad((expected * cotangent).sum(), exact)
+    assert relative_error(got * rows, expected * rows) < tolerance
+    largest = max(x.abs().max() for x in expected_gradients)
+    for name, a, b in zip("qkvs", gradients, expected_gradients, strict=True):
+        # with one visible key the softmax is constant: nothing flows to q, k and s
+        assert relative_error(a, b) < 2 * tolerance or (a - b).abs().max() < tolerance * largest, name
+
+
+LENGTHS = [1, 2, 17, 127, 128, 129, 1000]
+WINDOWS = [lambda T: 1, lambda T: 7, lambda T: 128, lambda T: T - 1, lambda T: T, lambda T: 2 * T]
+SHAPES = [*sorted({(T, w(T)) for T in LENGTHS for w in WINDOWS if w(T)}), (4097, 128)]
+
+
+@pytest.mark.parametrize(("T", "window"), SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_chunked_agrees_with_reference_at_odd_lengths(T, window, dtype, tolerance):
+    leaves = inputs(B=1, H=2, G=1, M=1, Tq=T, Tk=T, dtype=dtype, seed=T)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    e = eviction_times(leaves[3], window)
+    got = chunked(*leaves, e, min(window, T), chunk=100)
+    assert_agrees(got, leaves, reference(*exact, window)[0], exact, tolerance)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize(
+    ("H", "G", "M", "D"), [(4, 4, 4, 16), (4, 2, 2, 80), (4, 1, 1, 64), (4, 1, 4, 16), (2, 1, 1, 128)]
+)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+def test_chunked_agrees_with_reference_for_any_score_and_head(kind, H, G, M, D, dtype, tolerance):
+    leaves = [x.detach() for x in inputs(H=H, G=G, M=M, Tq=150, Tk=150, D=D, dtype=dtype)]
+    leaves[3] = SCORES[kind](leaves[3].to(torch.promote_types(dtype, torch.float32)))  # scores are never bfloat16
+    leaves = [x.requires_grad_() for x in leaves]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    got = chunked(*leaves, eviction_times(leaves[3], 40), 40, chunk=64)
+    assert_agrees(got, leaves, reference(*exact, 40)[0], exact, tolerance)
+
+
+@pytest.mark.parametrize("window", [3, 30, 200])
+@pytest.mark.parametrize("local_window", [0, 5])
+def test_padding_and_documents_on_every_path(window, local_window, monkeypatch):
+    leaves = inputs(Tq=130, Tk=130)
+    key_mask = torch.arange(130) >= torch.tensor([[9], [0]])
+    documents = torch.tensor([0] * 60 + [1] * 2 + [2] * 68).expand(2, -1).contiguous()
+    rows = key_mask[:, None, :, None].double()
+    expected = brute_force(*leaves, window, visible_keys(130, 130, rows.device, key_mask, documents), local_window)
+    for path in ("reference", "chunked", *(["folded"] if window >= 130 else [])):
+        monkeypatch.setenv(FORCE, path)
+        got, _ = dynamic_mask_attention(
+            *leaves, window, key_mask=key_mask, documents=documents, local_window=local_window
+        )
+        assert relative_error(got * rows, expected * rows) < 1e-12, path
+
+
+@pytest.mark.parametrize(("Tq", "Tk"), [(1, 90), (5, 90), (64, 90)])
+def test_new_queries_after_old_keys_past_the_window(Tq, Tk):
+    leaves = inputs(Tq=Tq, Tk=Tk)
+    got, _ = dynamic_mask_attention(*leaves, 20, local_window=2)
+    assert relative_error(got, brute_force(*leaves, 20, local_window=2)) < 1e-12
+
+
+def test_chunked_with_dropout_drops_weights_and_not_more():
+    q, k, v, s = inputs(B=1, Tq=400, Tk=400)
+    e = eviction_times(s, 100)
+    torch.manual_seed(0)
+    ones = chunked(q, k, torch.ones_like(v), s, e, 100, dropout_p=0.5)  # weights sum to 1 on average
+    assert abs(ones.mean().item() - 1) < 0.05
+    assert ones.std() > 0.05
+
+
+def test_chunked_needs_no_memory_that_grows_with_the_square(monkeypatch):
+    """The largest tensor that attention is asked to mask is chunk × (window + chunk)."""
+    sizes = []
+    module = importlib.import_module("small_doge.ops.dynamic_mask.chunked")
+    original = module.folded
+
+    def recorded(*tensors, mask, **options):
+        sizes.append(mask.shape[-2:])
+        return original(*tensors, mask=mask, **options)
+
+    monkeypatch.setattr(module, "folded", recorded)
+    q, k, v, s = inputs(B=1, Tq=3000, Tk=3000)
+    chunked(q, k, v, s, eviction_times(s, 64), 64, chunk=128).sum().backward()
+    assert max(sizes) == (128, 192)
+
+
+def test_the_path_is_chosen_by_shape_and_says_why(monkeypatch):
+    monkeypatch.delenv(FORCE, raising=False)
+    q, k, _, _ = inputs()
+    assert choose_path(q, k, 17) == ("folded", "no key can drop out: 17 keys, a window of 17")
+    assert choose_path(q, k, 16) == ("chunked", "keys drop out: 17 keys, a window of 16")
+    assert choose_path(q, k, 17, return_weights=True)[0] == "reference"
+    assert choose_path(q, k, 16, mask=True)[0] == "reference"
+    assert choose_path(q, k, 17, mask=True)[0] == "folded"
+    long = torch.empty(1, 1, 16384, 16, device="meta")
+    assert choose_path(long, long, 16384)[0] == "folded"
+    assert choose_path(long, long, 16384, described=True)[0] == "chunked"
+
+
+@pytest.mark.parametrize("path", ["reference", "folded", "chunked"])
+def test_a_path_can_be_forced(monkeypatch, path):
     leaves = inputs()
-    assert dynamic_mask_attention(*leaves, 17)[1] is None
-    out, weights = dynamic_mask_attention(*leaves, 16)
-    assert weights is not None
-    assert relative_error(out, brute_force(*leaves, 16)) < 1e-12
-    assert dynamic_mask_attention(*leaves, 17, return_weights=True)[1].shape == (2, 4, 17, 17)
+    expected = brute_force(*leaves, 17)
+    monkeypatch.setenv(FORCE, path)
+    out, weights = dynamic_mask_attention(*leaves, 17)
+    assert relative_error(out, expected) < 1e-12
+    assert (weights is not None) == (path == "reference")
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [
+        ("flash", {}, "'flash', which cannot be: expected one of reference, folded, chunked, sparse"),
+        ("folded", {"window": 5}, "`folded` drops no key, and there are 17 keys for a window of 5"),
+        ("chunked", {"return_weights": True}, "only `reference` returns the attention weights"),
+        ("chunked", {"mask": torch.ones(1, 1, 17, 17, dtype=torch.bool)}, "takes no mask of its own for every query"),
+        ("sparse", {}, "`sparse` needs Triton and an NVIDIA GPU"),
+    ],
+)
+def test_a_path_that_cannot_be_forced_is_refused(monkeypatch, path, options, message):
+    monkeypatch.setenv(FORCE, path)
+    with pytest.raises(ValueError, match=message):
+        dynamic_mask_attention(*inputs(), **{"window": 17, **options})
 
 
 @pytest.mark.parametrize(
@@ -195,3 +339,12 @@ def test_masks_that_do_not_fit_are_named():
         dynamic_mask_attention(*inputs(), 4, mask=torch.ones(2, 1, 17, 17))
     with pytest.raises(ValueError, match="expected bool"):
         dynamic_mask_attention(*inputs(), 4, mask=torch.ones(2, 1, 17, 16, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"key_mask is torch.int64 \(2, 17\), expected bool"):
+        dynamic_mask_attention(*inputs(), 4, key_mask=torch.ones(2, 17, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"documents is torch.int64 \(2, 16\), expected integers"):
+        dynamic_mask_attention(*inputs(), 4, documents=torch.ones(2, 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match="local_window is -1"):
+        dynamic_mask_attention(*inputs(), 4, local_window=-1)
+    mask = torch.ones(2, 1, 17, 17, dtype=torch.bool)
+    with pytest.raises(ValueError, match="one or the other"):
+        dynamic_mask_attention(*inputs(), 4, mask=mask, key_mask=mask[:, 0, 0])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from small_doge.models import DogeForCausalLM, config_for
-from small_doge.ops.dynamic_mask import folded, reference
+from small_doge.ops.dynamic_mask import FORCE, eviction_times, folded, reference, sparse, visible_keys
 from small_doge.ops.linear_cross_entropy import linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -41,6 +41,59 @@ def test_folded_against_the_float64_reference(T, H, G, M, D, dtype, tolerance):
             assert relative_error(a, b) < 2 * tolerance, name
 
 
+@pytest.mark.parametrize("T", [1, 2, 17, 127, 128, 129, 1000, 4097])
+@pytest.mark.parametrize("window", ["1", "7", "128", "T - 1", "T", "2 * T"])
+@pytest.mark.parametrize(("H", "G", "M", "D"), [(2, 2, 2, 128), (4, 2, 2, 64), (4, 1, 1, 80), (4, 2, 4, 16)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_sparse_against_the_float64_reference(T, window, H, G, M, D, dtype, tolerance):
+    window = max(1, eval(window, {"T": T}))  # noqa: S307
+    packed = T > 2 and window == 128
+    g = torch.Generator("cuda").manual_seed(T)
+    shapes = [(2, T, H, D), (2, T, G, D), (2, T, G, D), (2, M, T), (2, H, T, D)]
+    q, k, v, s, cotangent = (torch.randn(shape, generator=g, device="cuda", dtype=torch.float64) for shape in shapes)
+    leaves = [x.to(dtype).transpose(1, 2) for x in (q, k, v)] + [(s.abs() * 3).float()]
+    exact = [x.double().requires_grad_() for x in leaves]
+    leaves = [x.requires_grad_() for x in leaves]
+    documents = mask = None
+    if packed:
+        documents = (torch.arange(T, device="cuda") >= T // 3).long().expand(2, T).contiguous()
+        mask = visible_keys(T, T, q.device, None, documents)
+    expected = reference(*exact, window, mask=mask)[0]
+    expected_gradients = torch.autograd.grad((expected * cotangent).sum(), exact)
+    poison()
+    e = eviction_times(leaves[3], window, documents=documents)
+    got = sparse(*leaves, None if window >= T and not packed else e, min(window, T))
+    poison()
+    gradients = torch.autograd.grad((got * cotangent.to(dtype)).sum(), leaves)
+    assert relative_error(got, expected) < tolerance
+    largest = max(x.abs().max() for x in expected_gradients)
+    for name, a, b in zip("qkvs", gradients, expected_gradients, strict=True):
+        assert relative_error(a, b) < 2 * tolerance or (a.double() - b).abs().max() < tolerance * largest, name
+
+
+@pytest.mark.parametrize("window", [1, 1000, 2048, 16000])
+def test_eviction_times_are_the_same_on_both_devices(window):
+    g = torch.Generator().manual_seed(window)
+    s = torch.rand(2, 4, 16384, generator=g)
+    s[1] = (s[1] * 20).floor()  # ties
+    poison()
+    assert torch.equal(eviction_times(s.cuda(), window).cpu(), eviction_times(s, window))
+
+
+def test_sparse_gives_the_same_bits_where_it_says_so():
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 3000, 64, generator=g, device="cuda").bfloat16() for _ in range(3))
+    s = torch.rand(2, 2, 3000, generator=g, device="cuda")
+    outs, dqs = [], []
+    for _ in range(3):
+        leaf = q.clone().requires_grad_()
+        out = sparse(leaf, k, v, s, eviction_times(s, 500), 500)
+        outs.append(out.detach())
+        dqs += torch.autograd.grad(out.float().square().sum(), leaf)
+    assert all(torch.equal(outs[0], x) for x in outs)
+    assert all(torch.equal(dqs[0], x) for x in dqs)
+
+
 def test_chunked_loss_under_autocast():
     g = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(5000, 64, generator=g, device="cuda").requires_grad_()
@@ -57,9 +110,11 @@ def test_chunked_loss_under_autocast():
         assert relative_error(a, b) < 1e-2
 
 
-def test_training_compiles_without_graph_breaks():
+@pytest.mark.parametrize(("window", "path"), [(2048, "folded"), (50, "chunked"), (50, "sparse")])
+def test_training_compiles_without_graph_breaks(monkeypatch, window, path):
+    monkeypatch.setenv(FORCE, path)
     torch.manual_seed(0)
-    model = DogeForCausalLM(config_for("tiny", vocab_size=512)).cuda().train()
+    model = DogeForCausalLM(config_for("tiny", vocab_size=512, keep_window_size=window)).cuda().train()
     ids = torch.randint(0, 512, (2, 128), device="cuda")
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     with torch.autocast("cuda", torch.bfloat16):

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .cache import DynamicMaskCache
 from .configuration_doge import DogeConfig
 from .loading import load_model
 from .modeling_doge import DogeForCausalLM, DogeForSequenceClassification, DogeModel
@@ -13,6 +14,7 @@ __all__ = [
     "DogeForCausalLM",
     "DogeForSequenceClassification",
     "DogeModel",
+    "DynamicMaskCache",
     "config_for",
     "load_model",
 ]

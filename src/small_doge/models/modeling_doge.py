@@ -7,12 +7,13 @@ M score heads, D head size.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -21,10 +22,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ..ops.dynamic_mask import dynamic_mask_attention
 from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
+from .cache import DynamicMaskCache
 from .checkpoints import FIRST_RELEASE_NAMES, HUB_OPTIONS, stored_shapes
 from .configuration_doge import DogeConfig
-from .masks import visible_keys
-from .rotary import grows_with_length, rotary_angles, rotate
+from .generation import DogeGenerationMixin
+from .masks import Visibility, visibility
+from .rotary import grows_with_length, rotary_angles, rotate, rotate_to, text_length
 
 
 class DogeRMSNorm(nn.RMSNorm):
@@ -65,37 +68,49 @@ class DogeAttention(nn.Module):
         hidden_states: torch.Tensor,
         q_angles: tuple[torch.Tensor, torch.Tensor],
         k_angles: tuple[torch.Tensor, torch.Tensor] | None = None,
-        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        length: int | None = None,
+        visible: Visibility | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, C) → (B, T, C) and, if asked for, the weights (B, H, T, Tk).
 
-        ``k_angles`` are the angles of all Tk keys where they change as the text grows, and keys are cached unrotated;
-        None where a key's angle is fixed, and keys are cached rotated.
+        A cache holds keys rotated where their angles are fixed. Where they change as the text grows it holds them
+        unrotated; a ``DynamicMaskCache`` then takes the ``positions`` (B or 1, T) of the new ones and has all rotated
+        to the angles of a text of ``length``, and for any other cache ``k_angles`` are those of all Tk keys.
         """
         B, T, _ = hidden_states.shape
+        visible = visible or Visibility()
         q = self.q_norm(self.q_proj(hidden_states).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(self.k_proj(hidden_states).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
         v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
         q = rotate(q, q_angles)
-        if k_angles is None:
+        unrotated = past_key_values is not None and grows_with_length(self.config)
+        if not unrotated:
             k = rotate(k, q_angles)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, G, Tk, D)
-        if k_angles is not None:
-            k = rotate(k, k_angles)
-        out, weights = dynamic_mask_attention(
-            q,
-            k,
-            v,
-            self.scores(v),
-            self.config.keep_window_size,
-            mask=mask,
-            local_window=self.config.local_window,
-            dropout_p=self.config.attention_dropout or 0.0 if self.training else 0.0,
-            return_weights=output_attentions,
-        )
+        options: dict[str, Any] = {"return_weights": output_attentions}
+        options["dropout_p"] = self.config.attention_dropout or 0.0 if self.training else 0.0
+        if isinstance(past_key_values, DynamicMaskCache):
+            if unrotated:
+                options |= {"positions": positions, "rotate_at": partial(rotate_to, self.config, length)}
+            out, weights = past_key_values.attend(self.layer_idx, q, k, v, self.scores(v), visible, **options)
+        else:
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, self.layer_idx)  # (B, G, Tk, D)
+            if unrotated:
+                assert k_angles is not None
+                k = rotate(k, k_angles)
+            out, weights = dynamic_mask_attention(
+                q,
+                k,
+                v,
+                self.scores(v),
+                self.config.keep_window_size,
+                local_window=self.config.local_window,
+                **visible._asdict(),
+                **options,
+            )
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1)), weights
 
 
@@ -212,14 +227,16 @@ class DogeModel(DogePreTrainedModel):
 
         Args:
             input_ids: (B, T) int64; or ``inputs_embeds`` (B, T, C).
-            attention_mask: (B, Tk), 0 for padding, over the keys in the cache and the new ones.
+            attention_mask: (B, Tk), 0 for padding, over the tokens in the cache and the new ones; or (B or 1, 1, T, Tk)
+                bool, or 0 and −∞, which then says alone what is seen. See :func:`small_doge.models.masks.visibility`.
             position_ids: (B, T) int64. Where they restart within a row, another document begins, and neither sees
                 the other.
-            past_key_values: a cache that grows, such as ``DynamicCache``.
+            past_key_values: ``DynamicMaskCache``, of constant size, which is also made where none is given; or a
+                cache that grows, such as ``DynamicCache``, with the same output.
 
         Raises:
-            ValueError: for both or neither of ids and embeddings, an attention mask that is not (B, Tk), or a cache
-                of fixed size.
+            ValueError: for both or neither of ids and embeddings, an attention mask of another shape or with other
+                values, or a cache that was made for another model or for static shapes.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -231,21 +248,25 @@ class DogeModel(DogePreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False  # the forward pass runs twice, and would fill the cache twice
         if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=config)
-        if past_key_values is not None and past_key_values.is_compileable:
-            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}, expected a cache that grows")
+            past_key_values = DynamicMaskCache(config)
+        if isinstance(past_key_values, DynamicMaskCache):
+            past_key_values.check(config)
+        elif past_key_values is not None and past_key_values.is_compileable:
+            kind = type(past_key_values).__name__
+            raise ValueError(f"past_key_values is a {kind}, expected DynamicMaskCache or a cache that grows")
 
         T = inputs_embeds.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        mask = visible_keys(inputs_embeds, past, attention_mask, position_ids)  # (B, 1, T, past + T) or None
+        visible = visibility(inputs_embeds, past, attention_mask, position_ids)
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=inputs_embeds.device)[None]
-        q_angles = rotary_angles(config, position_ids, inputs_embeds.dtype)
+        length = text_length(config, position_ids)
+        q_angles = rotary_angles(config, position_ids, inputs_embeds.dtype, length)
         k_angles = None
-        if past_key_values is not None and grows_with_length(config):
+        if past_key_values is not None and length is not None and not isinstance(past_key_values, DynamicMaskCache):
             # Positions of all keys, counted back from the newest: a row's real tokens are contiguous in its cache.
             back = torch.arange(past + T, device=inputs_embeds.device) - (past + T - 1)
-            k_angles = rotary_angles(config, (position_ids[:, -1:] + back).clamp(min=0), inputs_embeds.dtype)
+            k_angles = rotary_angles(config, (position_ids[:, -1:] + back).clamp(min=0), inputs_embeds.dtype, length)
 
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -256,7 +277,9 @@ class DogeModel(DogePreTrainedModel):
                 hidden_states,
                 q_angles=q_angles,
                 k_angles=k_angles,
-                mask=mask,
+                positions=position_ids,
+                length=length,
+                visible=visible,
                 past_key_values=past_key_values,
                 output_attentions=bool(output_attentions),
             )
@@ -273,7 +296,7 @@ class DogeModel(DogePreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
 
-class DogeForCausalLM(DogePreTrainedModel, GenerationMixin):
+class DogeForCausalLM(DogePreTrainedModel, DogeGenerationMixin):
     """Doge with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

@@ -17,13 +17,18 @@ def grows_with_length(config: DogeConfig) -> bool:
     return config.rope_parameters["rope_type"] in ("dynamic", "longrope")
 
 
+def text_length(config: DogeConfig, position_ids: torch.Tensor) -> int | None:
+    """How long the text is whose angles to use: the largest position + 1; None where angles do not depend on it."""
+    return int(position_ids.max()) + 1 if grows_with_length(config) else None
+
+
 def rotary_angles(
-    config: DogeConfig, position_ids: torch.Tensor, dtype: torch.dtype
+    config: DogeConfig, position_ids: torch.Tensor, dtype: torch.dtype, length: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position · frequency: positions (B, T) → two tensors (B, 1, T, D) in ``dtype``.
 
-    With scaling of type ``dynamic`` or ``longrope`` the frequencies are those of a text as long as the largest
-    position of the call.
+    Positions (B, M, T) that differ between heads → (B, M, T, D). ``length`` is that of :func:`text_length`: with
+    scaling of type ``dynamic`` or ``longrope`` the frequencies are those of a text of that length.
     """
     device, rope_type, scaling = position_ids.device, config.rope_parameters["rope_type"], 1.0
     if rope_type == "default":
@@ -31,15 +36,21 @@ def rotary_angles(
         exponents = torch.arange(0, D, 2, device=device, dtype=torch.float32) / D
         inverse_frequencies = config.rope_parameters["rope_theta"] ** -exponents
     else:
-        length = int(position_ids.max()) + 1 if grows_with_length(config) else None
         inverse_frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, device, seq_len=length)
-    angles = position_ids[:, None, :, None].float() * inverse_frequencies.float()  # (B, 1, T, D/2)
+    if position_ids.dim() == 2:
+        position_ids = position_ids[:, None]
+    angles = position_ids[..., None].float() * inverse_frequencies.float()  # (B, 1 or M, T, D/2)
     angles = torch.cat([angles, angles], dim=-1)
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
 
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotate the pairs (x_d, x_{d+D/2}) of x (B, heads, T, D) by ``angles``."""
+    """Rotate the pairs (x_d, x_{d+D/2}) of x (B, heads, T, D) by the two tensors of :func:`rotary_angles`."""
     cos, sin = angles
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def rotate_to(config: DogeConfig, length: int | None, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, M, T, D) to ``positions`` (B, M, T) in a text of ``length``."""
+    return rotate(x, rotary_angles(config, positions, x.dtype, length))

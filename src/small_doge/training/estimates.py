@@ -30,14 +30,16 @@ def peak_flops(device: torch.device, bf16: bool) -> float | None:
 def flops_per_token(config: DogeConfig, row_length: int) -> float:
     """FLOP of forward and backward per token: 6 a weight of every matrix product, and causal attention.
 
-    Attention costs 2 · 2 · D · T/2 a query and head forward, three times that with the backward pass; q·k and the
-    product with v are what is counted (PaLM, arXiv:2204.02311, appendix B, halved for causality).
+    Attention costs 2 · 2 · D a query, head and key that is seen, three times that with the backward pass; q·k and the
+    product with v are what is counted (PaLM, arXiv:2204.02311, appendix B). A query sees T/2 keys on average while T
+    is at most the window w, and w − w²/2T beyond.
     """
     H, G, M, D = config.heads
     C, layers = config.hidden_size, config.num_hidden_layers
     attention = C * H * D + 2 * C * G * D + G * D * M + H * D * C
     weights = layers * (attention + 3 * C * config.intermediate_size) + C * config.vocab_size
-    return 6.0 * weights + 6.0 * layers * H * D * min(row_length, config.keep_window_size)
+    window = min(row_length, config.keep_window_size)
+    return 6.0 * weights + 12.0 * layers * H * D * (window - window**2 / (2 * row_length))
 
 
 def training_bytes(config: DogeConfig, parameters: int, rows: int, row_length: int, bf16: bool) -> int:

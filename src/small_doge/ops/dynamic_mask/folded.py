@@ -32,7 +32,8 @@ def folded(
     if k.dtype in (torch.bfloat16, torch.float16):
         # √D·s needs more bits than a half has: a second column carries what rounding took from the first. No detach:
         # the two gradients are equal, and the minus sign leaves exactly one of them.
-        columns.append((bias - columns[0].to(bias.dtype)).to(k.dtype))
+        lost = bias - columns[0].to(bias.dtype)
+        columns.append(torch.where(bias.isinf(), 0.0, lost).to(k.dtype))
     # The fused GPU kernels take head sizes that are multiples of 8, the same for q, k and v.
     spare = -(D + len(columns)) % 8 if k.is_cuda else 0
     k = torch.cat([k, *columns, k.new_zeros(1, 1, 1, 1).expand(*k.shape[:3], spare)], dim=-1)

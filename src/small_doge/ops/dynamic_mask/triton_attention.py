@@ -1,0 +1,306 @@
+"""Triton kernels of Dynamic Mask Attention: the mask is an interval j ≤ i < e_j a key, and only its tiles are touched.
+
+Shapes: R = B·M rows of keys, each with N = H/M query heads; T positions; D head size. Logits are in base 2, as exp2 is
+what the hardware has: log₂ e is in ``scale`` and in the listed scores, and the log-sum-exp is stored so.
+
+With LISTED, queries find their keys in the lists of ``triton_window.list_keys``. Without, no key ever leaves, and the
+keys of a query are the positions up to its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot(a, b, acc, EXACT: tl.constexpr):
+    return tl.dot(a, b, acc, input_precision="ieee" if EXACT else "tf32")
+
+
+@triton.jit
+def _attend(
+    acc, top, total, q, i, start, stop, keys, ends, scores, k, v, stride_k, stride_v, T, scale,
+    LISTED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """One pass of online softmax over the slots start ≤ x < stop."""
+    d = tl.arange(0, BLOCK_D)
+    for begin in range(start, stop, BLOCK_N):
+        x = begin + tl.arange(0, BLOCK_N)
+        if LISTED:
+            j = tl.load(keys + x)
+            bias = tl.load(scores + x)
+            there = d[None, :] < D
+        else:
+            j = x
+            bias = tl.load(scores + x, mask=x < T, other=float("-inf")) * 1.4426950408889634
+            there = (x[:, None] < T) & (d[None, :] < D)
+        k_tile = tl.load(k + j[:, None] * stride_k + d[None, :], mask=there, other=0.0)
+        logits = _dot(q, tl.trans(k_tile), tl.zeros([q.shape[0], BLOCK_N], tl.float32), EXACT) * scale + bias[None, :]
+        if MASKED:
+            if LISTED:
+                end = tl.load(ends + x)
+                logits = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < end[None, :]), logits, float("-inf"))
+            else:
+                logits = tl.where(j[None, :] <= i[:, None], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet
+        p = tl.exp2(logits - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(p, 1)
+        v_tile = tl.load(v + j[:, None] * stride_v + d[None, :], mask=there, other=0.0)
+        acc = _dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], EXACT)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def _ranges(
+    i0, row, ranges, T, OLD, LISTED: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Where the list of the queries i0 … i0 + BLOCK_M − 1 begins, and the slots they see: up to `whole` all of them see
+    all, from there to `old` some do, and, where there is a list, from OLD to `new`."""
+    if LISTED:
+        base = (row * tl.cdiv(T, CHUNK) + i0 // CHUNK) * (OLD + CHUNK)
+        ranges += (row * tl.cdiv(T, BLOCK_M) + i0 // BLOCK_M) * 3
+        whole = tl.load(ranges) // BLOCK_N * BLOCK_N
+        old = tl.load(ranges + 1)
+        new = OLD + tl.load(ranges + 2)
+    else:
+        base = row * 0
+        whole = i0 // BLOCK_N * BLOCK_N
+        old = tl.minimum(i0 + BLOCK_M, T)
+        new = OLD
+    return base, whole, old, new
+
+
+@triton.jit
+def forward(
+    q, k, v, s, keys, ends, scores, ranges, out, lse,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, T, scale,
+    M, OLD, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of queries and query head. out: (B, H, T, D) by its strides; lse: (B·H, T) float32."""
+    head = tl.program_id(1)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    b, h = (head // (M * N)).to(tl.int64), head % (M * N)
+    row = (head // N).to(tl.int64)
+    m = h // N
+    i0 = tile * BLOCK_M
+    i = i0 + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    here = (i[:, None] < T) & (d[None, :] < D)
+    q += b * stride_qb + h * stride_qh
+    k += b * stride_kb + m * stride_kh
+    v += b * stride_vb + m * stride_vh
+    q_tile = tl.load(q + i[:, None] * stride_qt + d[None, :], mask=here, other=0.0)
+    base, whole, old, new = _ranges(i0, row, ranges, T, OLD, LISTED, CHUNK, BLOCK_M, BLOCK_N)
+    if not LISTED:
+        scores = s + row * T
+    keys += base
+    ends += base
+    scores += base
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc, top, total = _attend(acc, top, total, q_tile, i, 0, whole, keys, ends, scores, k, v, stride_kt, stride_vt, T,
+                              scale, LISTED, False, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+    acc, top, total = _attend(acc, top, total, q_tile, i, whole, old, keys, ends, scores, k, v, stride_kt, stride_vt, T,
+                              scale, LISTED, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+    if LISTED:
+        acc, top, total = _attend(acc, top, total, q_tile, i, OLD, new, keys, ends, scores, k, v, stride_kt, stride_vt,
+                                  T, scale, LISTED, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+    nothing = total == 0.0
+    total = tl.where(nothing, 1.0, total)
+    acc = acc / total[:, None]
+    out += b * stride_ob + h * stride_oh
+    tl.store(out + i[:, None] * stride_ot + d[None, :], acc.to(out.dtype.element_ty), mask=here)
+    tl.store(lse + head.to(tl.int64) * T + i, tl.where(nothing, 0.0, top + tl.log2(total)), mask=i < T)
+
+
+@triton.jit
+def _collect_dq(
+    dq, q, do, lse, delta, i, start, stop, keys, ends, scores, k, v, stride_k, stride_v, T, scale,
+    LISTED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    for begin in range(start, stop, BLOCK_N):
+        x = begin + tl.arange(0, BLOCK_N)
+        if LISTED:
+            j = tl.load(keys + x)
+            bias = tl.load(scores + x)
+            there = d[None, :] < D
+        else:
+            j = x
+            bias = tl.load(scores + x, mask=x < T, other=float("-inf")) * 1.4426950408889634
+            there = (x[:, None] < T) & (d[None, :] < D)
+        k_tile = tl.load(k + j[:, None] * stride_k + d[None, :], mask=there, other=0.0)
+        v_tile = tl.load(v + j[:, None] * stride_v + d[None, :], mask=there, other=0.0)
+        zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+        logits = _dot(q, tl.trans(k_tile), zeros, EXACT) * scale + (bias[None, :] - lse[:, None])
+        if MASKED:
+            if LISTED:
+                end = tl.load(ends + x)
+                logits = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < end[None, :]), logits, float("-inf"))
+            else:
+                logits = tl.where(j[None, :] <= i[:, None], logits, float("-inf"))
+        p = tl.exp2(logits)
+        dp = _dot(do, tl.trans(v_tile), zeros, EXACT)
+        ds = p * (dp - delta[:, None])
+        dq = _dot(ds.to(k_tile.dtype), k_tile, dq, EXACT)
+    return dq
+
+
+@triton.jit
+def backward_queries(
+    q, k, v, s, keys, ends, scores, ranges, out, lse, do, delta, dq,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt, T, scale,
+    M, OLD, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of queries and query head: dq, and delta = Σ_d do·out (B·H, T) float32 for `backward_keys`.
+
+    dq has the strides of q; out and do their own.
+    """
+    head = tl.program_id(1)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    b, h = (head // (M * N)).to(tl.int64), head % (M * N)
+    row = (head // N).to(tl.int64)
+    m = h // N
+    i0 = tile * BLOCK_M
+    i = i0 + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    here = (i[:, None] < T) & (d[None, :] < D)
+    at_q = b * stride_qb + h * stride_qh + i[:, None] * stride_qt + d[None, :]
+    q_tile = tl.load(q + at_q, mask=here, other=0.0)
+    out_tile = tl.load(out + b * stride_ob + h * stride_oh + i[:, None] * stride_ot + d[None, :], mask=here, other=0.0)
+    do_tile = tl.load(do + b * stride_db + h * stride_dh + i[:, None] * stride_dt + d[None, :], mask=here, other=0.0)
+    delta_i = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    at = head.to(tl.int64) * T + i
+    tl.store(delta + at, delta_i, mask=i < T)
+    lse_i = tl.load(lse + at, mask=i < T, other=float("inf"))
+    k += b * stride_kb + m * stride_kh
+    v += b * stride_vb + m * stride_vh
+    base, whole, old, new = _ranges(i0, row, ranges, T, OLD, LISTED, CHUNK, BLOCK_M, BLOCK_N)
+    if not LISTED:
+        scores = s + row * T
+    keys += base
+    ends += base
+    scores += base
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = _collect_dq(acc, q_tile, do_tile, lse_i, delta_i, i, 0, whole, keys, ends, scores, k, v, stride_kt,
+                      stride_vt, T, scale, LISTED, False, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+    acc = _collect_dq(acc, q_tile, do_tile, lse_i, delta_i, i, whole, old, keys, ends, scores, k, v, stride_kt,
+                      stride_vt, T, scale, LISTED, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+    if LISTED:
+        acc = _collect_dq(acc, q_tile, do_tile, lse_i, delta_i, i, OLD, new, keys, ends, scores, k, v, stride_kt,
+                          stride_vt, T, scale, LISTED, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+    acc *= scale * 0.6931471805599453
+    tl.store(dq + at_q, acc.to(dq.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _collect_dkv(
+    dk, dv, db, k_tile, v_tile, bias, j, end, start, stop, q, do, lse, delta, stride_q, stride_d, T, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One pass over the queries start ≤ i < stop; everything stands transposed, keys along the first dimension."""
+    d = tl.arange(0, BLOCK_D)
+    for begin in range(start, stop, BLOCK_M):
+        i = begin + tl.arange(0, BLOCK_M)
+        here = (i[:, None] < T) & (d[None, :] < D)
+        q_tile = tl.load(q + i[:, None] * stride_q + d[None, :], mask=here, other=0.0)
+        do_tile = tl.load(do + i[:, None] * stride_d + d[None, :], mask=here, other=0.0)
+        lse_i = tl.load(lse + i, mask=i < T, other=float("inf"))  # past the end: p is 0
+        delta_i = tl.load(delta + i, mask=i < T, other=0.0)
+        zeros = tl.zeros([k_tile.shape[0], BLOCK_M], tl.float32)
+        logits = _dot(k_tile, tl.trans(q_tile), zeros, EXACT) * scale + (bias[:, None] - lse_i[None, :])
+        if MASKED:
+            logits = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), logits, float("-inf"))
+        p = tl.exp2(logits)
+        dv = _dot(p.to(do_tile.dtype), do_tile, dv, EXACT)
+        dp = _dot(v_tile, tl.trans(do_tile), zeros, EXACT)
+        ds = p * (dp - delta_i[None, :])
+        db += tl.sum(ds, 1)
+        dk = _dot(ds.to(q_tile.dtype), q_tile, dk, EXACT)
+    return dk, dv, db
+
+
+@triton.jit
+def backward_keys(
+    q, k, v, s, keys, ends, scores, sizes, lse, do, delta, dk, dv, db,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_dt, T, scale,
+    M, OLD, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of keys, chunk of queries and row: adds to dk, dv (R, T, D) and db (R, T), all float32.
+
+    With LISTED, dk, dv and db start at zero and every chunk adds its part, in no order that repeats.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    b, m = row // M, row % M
+    d = tl.arange(0, BLOCK_D)
+    if LISTED:
+        tiles = (OLD + CHUNK) // BLOCK_N
+        chunks = tl.cdiv(T, CHUNK)
+        chunk = tl.program_id(0) // tiles
+        tile = tl.program_id(0) % tiles
+        size = tl.load(sizes + (row * chunks + chunk) * 2)
+        if tile * BLOCK_N >= OLD:
+            size = OLD + tl.load(sizes + (row * chunks + chunk) * 2 + 1)
+        if tile * BLOCK_N >= size:
+            return
+        base = (row * chunks + chunk) * (OLD + CHUNK)
+        x = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        j = tl.load(keys + base + x)
+        end = tl.load(ends + base + x)
+        bias = tl.load(scores + base + x)
+        there = (end[:, None] > 0) & (d[None, :] < D)
+        first = chunk * CHUNK
+        limit = tl.minimum(first + CHUNK, T)
+        low = tl.min(tl.where(end > 0, j, T), 0)
+        start = tl.maximum(first, low // BLOCK_M * BLOCK_M)
+        stop = tl.minimum(limit, tl.max(end, 0))
+        # Old keys are all seen, and need no mask, until the first of them leaves.
+        middle = tl.where(low < first, tl.minimum(tl.min(end, 0), limit) // BLOCK_M * BLOCK_M, start)
+        middle = tl.maximum(middle, start)
+    else:
+        j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        end = tl.where(j < T, T, 0)
+        bias = tl.load(s + row * T + j, mask=j < T, other=float("-inf")) * 1.4426950408889634
+        there = (j[:, None] < T) & (d[None, :] < D)
+        start = tl.program_id(0) * BLOCK_N // BLOCK_M * BLOCK_M
+        middle = tl.minimum((tl.program_id(0) + 1) * BLOCK_N, tl.cdiv(T, BLOCK_M) * BLOCK_M)  # masked to here, then not
+        stop = T
+    k_tile = tl.load(k + b * stride_kb + m * stride_kh + j[:, None] * stride_kt + d[None, :], mask=there, other=0.0)
+    v_tile = tl.load(v + b * stride_vb + m * stride_vh + j[:, None] * stride_vt + d[None, :], mask=there, other=0.0)
+    dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    db_tile = tl.zeros([BLOCK_N], tl.float32)
+    for n in range(N):
+        h = m * N + n
+        q_n = q + b * stride_qb + h * stride_qh
+        do_n = do + b * stride_db + h * stride_dh
+        at = (row * N + n) * T
+        dk_tile, dv_tile, db_tile = _collect_dkv(
+            dk_tile, dv_tile, db_tile, k_tile, v_tile, bias, j, end, start, middle, q_n, do_n, lse + at, delta + at,
+            stride_qt, stride_dt, T, scale, not LISTED, D, BLOCK_D, BLOCK_M, EXACT)  # fmt: skip
+        dk_tile, dv_tile, db_tile = _collect_dkv(
+            dk_tile, dv_tile, db_tile, k_tile, v_tile, bias, j, end, middle, stop, q_n, do_n, lse + at, delta + at,
+            stride_qt, stride_dt, T, scale, LISTED, D, BLOCK_D, BLOCK_M, EXACT)  # fmt: skip
+    dk_tile *= scale * 0.6931471805599453
+    at = (row * T + j)[:, None] * D + d[None, :]
+    if LISTED:
+        tl.atomic_add(dk + at, dk_tile, mask=there, sem="relaxed")
+        tl.atomic_add(dv + at, dv_tile, mask=there, sem="relaxed")
+        tl.atomic_add(db + row * T + j, db_tile, mask=end > 0, sem="relaxed")
+    else:
+        tl.store(dk + at, dk_tile.to(dk.dtype.element_ty), mask=there)
+        tl.store(dv + at, dv_tile.to(dv.dtype.element_ty), mask=there)
+        tl.store(db + row * T + j, db_tile, mask=j < T)

@@ -1,0 +1,138 @@
+"""The Triton kernels without a GPU: in Triton's interpreter against the reference, and compiled for several GPUs."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from small_doge.ops.dynamic_mask import eviction_times, reference, sparse, visible_keys
+
+pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
+
+launcher = importlib.import_module("small_doge.ops.dynamic_mask.sparse")
+window_module = importlib.import_module("small_doge.ops.dynamic_mask.window")
+
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="the kernels run on the GPU here: see test_on_gpu.py"
+)
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    monkeypatch.setattr(launcher, "CHUNK", 128)  # several of them in a short text
+
+
+def relative_error(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
+
+
+def scores(kind, shape, g):
+    return {
+        "random": lambda: torch.randn(shape, generator=g).abs() * 3,
+        "tied": lambda: torch.ones(shape),
+        "rising": lambda: torch.linspace(0, 3, shape[-1]).expand(shape).contiguous(),
+        "falling": lambda: torch.linspace(3, 0, shape[-1]).expand(shape).contiguous(),
+        "one huge key": lambda: torch.rand(shape, generator=g).index_fill(-1, torch.tensor([shape[-1] // 3]), 300.0),
+        "minus infinity": lambda: torch.where(torch.rand(shape, generator=g) < 0.3, -torch.inf, 1.0).index_fill(
+            -1, torch.tensor([0]), 2.0
+        ),
+    }[kind]()
+
+
+CASES = [  # B, H, M, T, D, w, local window, scores
+    (1, 2, 2, 150, 16, 40, 0, "random"),
+    (1, 2, 1, 257, 80, 129, 3, "random"),
+    (1, 4, 2, 131, 16, 1, 0, "random"),
+    (1, 1, 1, 260, 16, 64, 0, "tied"),
+    (1, 1, 1, 260, 16, 64, 0, "rising"),
+    (1, 1, 1, 260, 16, 64, 0, "falling"),
+    (1, 1, 1, 200, 16, 17, 0, "one huge key"),
+    (1, 1, 1, 200, 16, 17, 0, "minus infinity"),
+    (1, 2, 2, 129, 16, 500, 0, "random"),
+    (1, 1, 1, 2, 16, 1, 0, "random"),
+]
+
+
+def compare(leaves, e, most, window, mask, local_window, rows):
+    B, H, T, D = leaves[0].shape
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    cotangent = torch.randn(B, H, T, D, generator=torch.Generator().manual_seed(1)) * rows
+    expected = reference(*exact, window, mask=mask, local_window=local_window)[0]
+    expected_gradients = torch.autograd.grad((expected * cotangent).sum(), exact)
+    got = sparse(*leaves, e, most)
+    gradients = torch.autograd.grad((got * cotangent).sum(), leaves)
+    assert relative_error(got * rows, expected * rows) < 1e-6
+    largest = max(x.abs().max() for x in expected_gradients)
+    for name, a, b in zip("qkvs", gradients, expected_gradients, strict=True):
+        # with one visible key the softmax is constant: nothing flows to q, k and s
+        assert relative_error(a, b) < 1e-5 or (a - b).abs().max() < 1e-6 * largest, name
+
+
+def leaves_of(B, H, M, T, D, kind, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    # as the model has them: heads next to each other in memory
+    q = torch.randn(B, T, H, D, generator=g).transpose(1, 2)
+    k, v = (torch.randn(B, T, M, D, generator=g).transpose(1, 2) for _ in range(2))
+    return [x.requires_grad_() for x in (q, k, v, scores(kind, (B, M, T), g))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_equal_the_reference(case):
+    B, H, M, T, D, window, local_window, kind = case
+    leaves = leaves_of(B, H, M, T, D, kind)
+    e = eviction_times(leaves[3], window, local_window=local_window)
+    compare(leaves, e, min(window + local_window, T), window, None, local_window, 1.0)
+
+
+def test_kernels_with_documents_and_padding():
+    B, H, M, T = 2, 4, 2, 300
+    leaves = leaves_of(B, H, M, T, 16, "random")
+    key_mask = torch.arange(T).expand(B, T) >= torch.tensor([[5], [0]])
+    documents = torch.tensor([0] * 100 + [1] * 3 + [2] * 197).expand(B, T).contiguous()
+    e = eviction_times(leaves[3], 70, key_mask=key_mask, documents=documents)
+    mask = visible_keys(T, T, e.device, key_mask, documents)
+    compare(leaves, e, 71, 70, mask, 0, key_mask[:, None, :, None])
+
+
+@pytest.mark.parametrize(("T", "D"), [(1, 16), (33, 16), (130, 80)])
+def test_kernels_without_a_window_are_causal_attention(T, D):
+    compare(leaves_of(2, 4, 2, T, D, "random"), None, T, T, None, 0, 1.0)
+
+
+def test_scores_of_their_own_for_every_query_head():
+    q, k, v, _ = leaves_of(1, 4, 2, 150, 16, "random")
+    s = torch.rand(1, 4, 150).requires_grad_()
+    compare([q, k, v, s], eviction_times(s, 40), 40, 40, None, 0, 1.0)
+
+
+@pytest.mark.parametrize(("T", "window"), [(64, 7), (300, 1), (300, 65), (1030, 200)])
+def test_the_last_step_of_eviction_times(monkeypatch, T, window):
+    s = torch.rand(1, 3, T, generator=torch.Generator().manual_seed(T))
+    s[:, 1] = 1
+    expected = eviction_times(s, window)
+    calls = []
+    kernel = launcher.position_in_block
+    monkeypatch.setattr(window_module, "position_in_block", lambda *a: calls.append(1) or kernel(*a))
+    assert torch.equal(eviction_times(s, window), expected)
+    assert calls
+
+
+GPUS = {80: 163, 89: 99, 90: 227}  # compute capability: KiB of shared memory that a block may have
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_kernels_fit_a_gpu_without_spilling_registers(capability):
+    """A process of its own: this one's Triton interprets. Registers that were spilled would show as stack."""
+    command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), str(capability)]
+    kernels = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert len(kernels) == 3
+    for name, takes in kernels.items():
+        assert takes["shared"] <= GPUS[capability] << 10, name
+        assert takes["stack"] == 0, name
+        assert takes["wgmma"] == (capability == 90), name
