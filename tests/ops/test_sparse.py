@@ -136,3 +136,17 @@ def test_kernels_fit_a_gpu_without_spilling_registers(capability):
         assert takes["shared"] <= GPUS[capability] << 10, name
         assert takes["stack"] == 0, name
         assert takes["wgmma"] == (capability == 90), name
+
+
+@pytest.mark.parametrize("window", [40, None])
+def test_the_operators_keep_what_torch_compile_relies_on(window):
+    """Shapes, strides and dtypes of the fake operators are those of the kernels, and the gradient is registered."""
+    q, k, v, s = leaves_of(1, 2, 2, 150, 16, "random")
+    e = eviction_times(s, window) if window else None
+    checks = ("test_schema", "test_faketensor")  # not the values: what lies past the end of a list is never read
+    forward = (*checks, "test_autograd_registration")
+    torch.library.opcheck(launcher._forward, (q, k, v, s, e, window or 150), test_utils=forward)
+    out, lse, *lists = launcher._forward(q, k, v, s, e, window or 150)
+    inputs = [x.detach() for x in (out, q, k, v, s)]
+    rest = [x.detach() for x in (out, lse, *lists)]
+    torch.library.opcheck(launcher._backward, (*inputs, e, *rest), test_utils=checks)
