@@ -162,6 +162,33 @@ def test_missing_parts_are_said_and_the_report_can_be_written_again(finished, tm
     assert "Prepare the data: not in this run" in words
 
 
+def test_scores_of_tasks_have_a_table_and_a_picture(finished, tmp_path):
+    run = copied(finished, tmp_path)
+    score = {"metric": "acc", "score": 31.5, "stderr": 1.2, "interval": [29.2, 33.9], "chance": 25.0}
+    score |= {"at_chance": False, "documents": 1500, "num_fewshot": 5, "truncated": 7, "requests": 6000}
+    guess = score | {"score": 25.5, "interval": [23.0, 28.1], "at_chance": True, "truncated": 0, "notes": ["<b>odd"]}
+    results = {"name": "<i>demo$x^2$", "suite": "doge-base", "limit": None, "context_length": 2048, "notes": []}
+    results |= {"scores": {"mmlu": score | {"notes": []}, "arc_easy": guess}, "versions": {"lm_eval": "0.4"}}
+    results["settings"] = {"suite": "doge-base", "num_fewshot": 5, "limit": None}
+    write_json_in(run / "pretrain/evaluation/doge-base/results.json", results)
+    write_json_in(run / "evaluation/results.json", results)  # instead of bits per byte
+    content = report(ReportRecipe(str(run))).read_text(encoding="utf-8")
+    page = Page(content)
+    assert "Questions with known answers" in page.headings
+    words = "".join(page.words)
+    assert words.count("MMLU31.50 ± 1.2025.0025.4326.41") == 2
+    assert "25.50 ± 1.20 (chance)" in words
+    assert "2,048 tokens lost their start: MMLU 7 of 6,000" in words
+    assert "ARC-E: <b>odd." in words
+    assert "The model has not been evaluated: there is no evaluation/results.json" in words
+    assert {"scores_1", "scores_2"} <= {p.stem for p in (run / "figures").iterdir()}
+
+
+def write_json_in(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+
+
 def test_without_pretraining_there_is_nothing_to_report(finished, tmp_path):
     run = copied(finished, tmp_path, ("pretrain/stage.json",))
     before = sorted(run.rglob("*"))

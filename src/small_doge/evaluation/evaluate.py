@@ -1,4 +1,7 @@
-"""The evaluation stage: a trained model on held-out text, beside a compressor and an n-gram model of the same text."""
+"""The evaluation stage: a model on held-out text, beside a compressor and an n-gram model of the same text.
+
+With ``suite`` the stage asks the model the questions of published tasks instead (``suite_run``).
+"""
 
 from __future__ import annotations
 
@@ -18,32 +21,96 @@ NGRAM_ORDER = 5
 # The baselines learn from the first 48 MiB of the training text: with the held-out text behind it, that is what the
 # 64 MiB dictionary of xz -9 reaches, and counting it takes about 1 GB of memory.
 BASELINE_BYTES = 48 << 20
+_TEXT_SETTINGS = ("context_length", "baselines", "max_documents")
 
 
 @dataclass
 class EvaluateRecipe:
-    """What to evaluate, on which text."""
+    """What to evaluate: on held-out text (``data``), or on the tasks of a suite."""
 
     model: str = field(metadata={"help": "folder of the model and its tokenizer"})
-    data: str = field(metadata={"help": "folder of prepared data; its validation split is the held-out text"})
-    output_dir: str = field(metadata={"help": "folder for results.json"})
+    data: str | None = field(
+        default=None, metadata={"help": "folder of prepared data; its validation split is the held-out text"}
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder for results.json (default, with a suite: evaluation/SUITE in the model)"},
+    )
     context_length: int | None = field(
-        default=None, metadata={"help": "tokens the model reads at once (default: the row length of the data)"}
+        default=None, metadata={"help": "tokens the model reads at once (default: the data's row length; the model's)"}
     )
     batch_size: int = field(default=8, metadata={"help": "windows of text a step; lower it if memory runs out"})
     baselines: bool = field(default=True, metadata={"help": "also measure xz -9 and an order-5 n-gram model"})
     max_documents: int | None = field(
         default=None, metadata={"help": "evaluate only the first so many held-out documents (default: all)"}
     )
+    suite: str | None = field(default=None, metadata={"help": "doge-base or doge-instruct: tasks instead of text"})
+    tasks: str | list | None = field(
+        default=None, metadata={"help": "some of the suite's tasks, as mmlu,piqa or a list (default: all)"}
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder of the tasks' rows, TASK/SPLIT.jsonl (default: the Hub)"}
+    )
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "examples before each question (default: the suite's, 5)"}
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "only the first so many questions of each task, for a trial (default: all)"}
+    )
+    tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "tokens of a suite's requests a step; lower it if memory runs out"}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "of a suite: cpu or cuda (default: a GPU if there is one)"}
+    )
+    compare: str | list | None = field(
+        default=None, metadata={"help": "folders evaluated before, as one,two or a list: further rows of the table"}
+    )
 
     def __post_init__(self) -> None:
-        for name in ("context_length", "batch_size", "max_documents"):
+        for name in ("context_length", "batch_size", "max_documents", "limit", "tokens_per_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"field `{name}` is {value}, expected at least 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"field `num_fewshot` is {self.num_fewshot}, expected at least 0")
+        if bool(self.suite) == bool(self.data):
+            found = "both" if self.suite else "neither"
+            raise ValueError(f"found {found} of `data` (bits per byte of its text) and `suite` (tasks), expected one")
+        if self.data and not self.output_dir:
+            raise ValueError("`output_dir` is not set: the folder for results.json")
+
+    def task_names(self) -> list[str]:
+        """The names in ``tasks``."""
+        return _names(self.tasks)
+
+    def compared_folders(self) -> list[str]:
+        """The folders in ``compare``."""
+        return _names(self.compare)
+
+
+def _names(value: str | list | None) -> list[str]:
+    parts = value.split(",") if isinstance(value, str) else value or []
+    return [str(part).strip() for part in parts if str(part).strip()]
 
 
 def evaluate(recipe: EvaluateRecipe) -> Path:
+    """Measure ``recipe.model``: on the tasks of ``recipe.suite`` if one is named, else on held-out text.
+
+    Returns:
+        The path of ``results.json``.
+
+    Raises:
+        UserError: what :func:`measure_text` and :func:`suite_run.evaluate_suite` raise.
+    """
+    if recipe.suite:
+        from .suite_run import evaluate_suite
+
+        return evaluate_suite(recipe)
+    return measure_text(recipe)
+
+
+def measure_text(recipe: EvaluateRecipe) -> Path:
     """Measure ``recipe.model`` on held-out text, write ``results.json`` and print a table.
 
     The file holds ``bits_per_byte`` (of the model and of each baseline), ``bytes``, ``documents`` and ``tokens`` of
@@ -56,15 +123,16 @@ def evaluate(recipe: EvaluateRecipe) -> Path:
     Raises:
         UserError: if the model or the data cannot be read, do not belong together, or the output folder is taken.
     """
+    assert recipe.data is not None  # the recipe has seen to it
+    assert recipe.output_dir is not None
     begun = time.perf_counter()
     output_dir = Path(recipe.output_dir)
     weights, manifest = Path(recipe.model) / "model.safetensors", Path(recipe.data) / "manifest.json"
     for path, what in ((weights, "model"), (manifest, "prepared data")):
         if not path.is_file():
             raise UserError(f"{path.parent} holds no {what}: {path.name} is not there")
-    settings = {name: value for name, value in plain(recipe).items() if name not in ("model", "data", "output_dir")}
     # What decides the figures is what the folders hold, not where they are, nor how many windows share a step.
-    del settings["batch_size"]
+    settings = {name: value for name, value in plain(recipe).items() if name in _TEXT_SETTINGS}
     settings |= {"model_sha256": artifacts.sha256(weights), "data_sha256": artifacts.sha256(manifest)}
     if artifacts.is_finished(output_dir, STAGE, settings):
         print(f"{output_dir / RESULTS_FILE} is there already")
@@ -88,6 +156,7 @@ def _measure(recipe: EvaluateRecipe) -> dict[str, Any]:
     from ..models import load_model
     from .bits_per_byte import bits_per_byte
 
+    assert recipe.data is not None
     packed = PackedTokens(recipe.data, "validation")
     packed.check_tokenizer(recipe.model)
     tokenizer = load_tokenizer(recipe.model)

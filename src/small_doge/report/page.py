@@ -12,11 +12,14 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..evaluation.picture import scores_figure
+from ..evaluation.results_table import notes, table_rows
 from . import plots
 from .run import STAGES, Run, numbers, read_run, size, summary, verdict
 
@@ -113,6 +116,8 @@ def _figures(run: Run, sentence: str) -> tuple[dict[str, Figure], str]:
     figures["learning_rate"] = plots.learning_rate_figure(run.history)
     if run.results:
         figures["comparison"] = plots.comparison_figure(run.results["bits_per_byte"])
+    for number, results in enumerate(run.suites.values(), 1):
+        figures[f"scores_{number}"] = scores_figure(results, [])
     try:
         pictures, note = attention_pictures(run.folder / "pretrain", sentence)
     except UserError as error:
@@ -185,6 +190,7 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
         "bits_per_byte": "Bits per byte against the training step",
         "learning_rate": "Learning rate against the training step",
         "comparison": "Bits per byte of the model and of the baselines",
+        **{name: "Score of each task, with what guessing gives" for name in figures if name.startswith("scores")},
     }
 
     def picture(name: str, svg: bool = True) -> str:
@@ -213,6 +219,7 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
             "rises while the training curve falls, the model learns by heart.</figcaption></figure>",
         ),
         ("Beside a compressor and counting", comparison),
+        *([("Questions with known answers", _suites(run, picture))] if run.suites else []),
         ("Attention", f"{''.join(attention)}<p class='soft'>{text(attention_note)}</p>"),
         ("What it writes", _completions(run.samples)),
         ("Try it", f"<p>Let the model go on from a text of yours:</p><pre>{text(_command(run))}</pre>"),
@@ -236,6 +243,22 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
 </body>
 </html>
 """
+
+
+def _suites(run: Run, picture: Callable[[str], str]) -> str:
+    """For each suite that was run: its picture, its table and what has to stand beside it."""
+    parts = []
+    for number, (folder, results) in enumerate(run.suites.items(), 1):
+        head, *rows = table_rows(results, [])
+        # A column for each model reads better on a narrow page than one for each task.
+        cells = zip(head, *rows, strict=True)
+        table = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+        items = "".join(f"<li>{text(note)}</li>" for note in notes(results))
+        parts.append(
+            f"<h3>{text(folder)}</h3><figure>{picture(f'scores_{number}')}</figure>"
+            f"<div class='wide'><table>{table}</table></div><ul class='soft'>{items}</ul>"
+        )
+    return "".join(parts)
 
 
 def _comparison_words(run: Run) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Run:
     history: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     results: dict[str, Any]
+    suites: dict[str, dict[str, Any]] = field(default_factory=dict)  # results.json of suites, by their folder
 
 
 def read_run(run_dir: str | Path) -> Run:
@@ -49,6 +50,7 @@ def read_run(run_dir: str | Path) -> Run:
         return artifacts.read_json(path) if path.is_file() else {}
 
     stages = {name: optional(folder / name / artifacts.STAGE_FILE) for name in STAGES}
+    results = optional(folder / "evaluation" / "results.json")
     samples = []
     if (pretrain / "samples.jsonl").is_file():
         for line in (pretrain / "samples.jsonl").read_text(encoding="utf-8").split("\n"):
@@ -63,8 +65,19 @@ def read_run(run_dir: str | Path) -> Run:
         artifacts.read_json(pretrain / "config.json"),
         artifacts.read_json(pretrain / "trainer_state.json").get("log_history", []),
         samples,
-        optional(folder / "evaluation" / "results.json"),
+        results if "bits_per_byte" in results else {},
+        _suites(folder),
     )
+
+
+def _suites(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `doge evaluate --suite` left in the folders of the run's models."""
+    found = {}
+    for path in sorted([*folder.glob("evaluation*/results.json"), *folder.glob("*/evaluation/*/results.json")]):
+        results = artifacts.read_json(path)
+        if isinstance(results, dict) and "scores" in results:
+            found[path.parent.relative_to(folder).as_posix()] = results
+    return found
 
 
 def duration(seconds: float) -> str:
