@@ -288,6 +288,8 @@ def test_the_path_is_chosen_by_shape_and_says_why(monkeypatch):
     assert choose_path(q, k, 17, return_weights=True)[0] == "reference"
     assert choose_path(q, k, 16, mask=True)[0] == "reference"
     assert choose_path(q, k, 17, mask=True)[0] == "folded"
+    assert choose_path(q[:, :, :16], k, 16) == ("reference", "few queries: 16 of 17 keys, a window of 16")
+    assert choose_path(q[:, :, :16], k[:, :, :16], 15)[0] == "chunked"
     long = torch.empty(1, 1, 16384, 16, device="meta")
     assert choose_path(long, long, 16384)[0] == "folded"
     assert choose_path(long, long, 16384, described=True)[0] == "chunked"

@@ -34,6 +34,7 @@ __all__ = [
 
 PATHS = ("reference", "folded", "chunked", "sparse")
 FORCE = "DOGE_ATTENTION"  # environment variable that forces a path
+FEW_QUERIES = 16  # up to so many, ranking all keys for each costs less than finding out when every key leaves
 LARGEST_MASK = 1 << 26  # elements of a (B, 1, Tq, Tk) mask that `folded` may build for padding and documents
 
 
@@ -127,6 +128,8 @@ def choose_path(
         return "reference", "the attention weights are asked for"
     if mask:
         return ("folded" if Tk <= window else "reference"), f"a mask of its own for every query; {fits}"
+    if Tk > window and Tq <= FEW_QUERIES < Tk:
+        return "reference", f"few queries: {Tq} of {fits}"
     if Tk > window:  # `sparse` is not chosen by itself before benchmarks/dynamic_mask.py has run on a GPU
         return "chunked", f"keys drop out: {fits}"
     if described and B * Tq * Tk > LARGEST_MASK:
