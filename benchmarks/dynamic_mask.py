@@ -16,6 +16,7 @@ them stands the floor: the larger of 14 D FLOP for each (query, kept key) at the
 and of q, k, v, o, do, dq, dk, dv once through memory at the measured rate of a large copy.
 
     python benchmarks/dynamic_mask.py                           # one GPU: five shapes, and the bars they are held to
+    DOGE_ATTENTION=sparse python benchmarks/dynamic_mask.py     # the Triton kernels, whatever path would be chosen
     python benchmarks/dynamic_mask.py --sweep                   # time and memory against T, B=1, H=8, w=2048
     python benchmarks/dynamic_mask.py --shapes "2;4" --scores tied --grouped --output elsewhere.csv
     python benchmarks/dynamic_mask.py --shapes 1,2,512,128      # a CPU: float32, one plain attention to compare with

@@ -200,7 +200,9 @@ class _Progress:
 
 
 def duration(seconds: float) -> str:
-    """A time in the words people use: ``48 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """A time in the words people use: ``0.3 s``, ``48 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 1:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

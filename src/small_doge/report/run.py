@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import artifacts
 from ..errors import UserError
+from ..evaluation.suite_run import duration
 from .plots import series
 
 STAGES = {
@@ -78,18 +79,6 @@ def _suites(folder: Path) -> dict[str, dict[str, Any]]:
         if isinstance(results, dict) and "scores" in results:
             found[path.parent.relative_to(folder).as_posix()] = results
     return found
-
-
-def duration(seconds: float) -> str:
-    """A time in the words people use: ``48 s``, ``3 min 20 s``, ``2 h 5 min``."""
-    if seconds < 1:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def size(count: float, unit: str = "B") -> str:

@@ -19,6 +19,29 @@ def _dot(a, b, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _keys(x, d, keys, scores, T, LISTED: tl.constexpr, D: tl.constexpr):
+    """Positions and biases of the keys in slots x (BLOCK_N,), and which numbers (BLOCK_N, BLOCK_D) of them exist."""
+    if LISTED:
+        j = tl.load(keys + x)
+        bias = tl.load(scores + x)
+        there = d[None, :] < D
+    else:
+        j = x
+        bias = tl.load(scores + x, mask=x < T, other=float("-inf")) * 1.4426950408889634
+        there = (x[:, None] < T) & (d[None, :] < D)
+    return j, bias, there
+
+
+@triton.jit
+def _hide(logits, i, j, x, ends, LISTED: tl.constexpr):
+    """Logits (BLOCK_M, BLOCK_N) of queries i and the keys j in slots x, −∞ where the key is not seen."""
+    seen = j[None, :] <= i[:, None]
+    if LISTED:
+        seen = seen & (i[:, None] < tl.load(ends + x)[None, :])
+    return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
 def _attend(
     acc, top, total, q, i, start, stop, keys, ends, scores, k, v, stride_k, stride_v, T, scale,
     LISTED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -28,22 +51,11 @@ def _attend(
     d = tl.arange(0, BLOCK_D)
     for begin in range(start, stop, BLOCK_N):
         x = begin + tl.arange(0, BLOCK_N)
-        if LISTED:
-            j = tl.load(keys + x)
-            bias = tl.load(scores + x)
-            there = d[None, :] < D
-        else:
-            j = x
-            bias = tl.load(scores + x, mask=x < T, other=float("-inf")) * 1.4426950408889634
-            there = (x[:, None] < T) & (d[None, :] < D)
+        j, bias, there = _keys(x, d, keys, scores, T, LISTED, D)
         k_tile = tl.load(k + j[:, None] * stride_k + d[None, :], mask=there, other=0.0)
         logits = _dot(q, tl.trans(k_tile), tl.zeros([q.shape[0], BLOCK_N], tl.float32), EXACT) * scale + bias[None, :]
         if MASKED:
-            if LISTED:
-                end = tl.load(ends + x)
-                logits = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < end[None, :]), logits, float("-inf"))
-            else:
-                logits = tl.where(j[None, :] <= i[:, None], logits, float("-inf"))
+            logits = _hide(logits, i, j, x, ends, LISTED)
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet
         p = tl.exp2(logits - shift[:, None])
@@ -130,24 +142,13 @@ def _collect_dq(
     d = tl.arange(0, BLOCK_D)
     for begin in range(start, stop, BLOCK_N):
         x = begin + tl.arange(0, BLOCK_N)
-        if LISTED:
-            j = tl.load(keys + x)
-            bias = tl.load(scores + x)
-            there = d[None, :] < D
-        else:
-            j = x
-            bias = tl.load(scores + x, mask=x < T, other=float("-inf")) * 1.4426950408889634
-            there = (x[:, None] < T) & (d[None, :] < D)
+        j, bias, there = _keys(x, d, keys, scores, T, LISTED, D)
         k_tile = tl.load(k + j[:, None] * stride_k + d[None, :], mask=there, other=0.0)
         v_tile = tl.load(v + j[:, None] * stride_v + d[None, :], mask=there, other=0.0)
         zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
         logits = _dot(q, tl.trans(k_tile), zeros, EXACT) * scale + (bias[None, :] - lse[:, None])
         if MASKED:
-            if LISTED:
-                end = tl.load(ends + x)
-                logits = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < end[None, :]), logits, float("-inf"))
-            else:
-                logits = tl.where(j[None, :] <= i[:, None], logits, float("-inf"))
+            logits = _hide(logits, i, j, x, ends, LISTED)
         p = tl.exp2(logits)
         dp = _dot(do, tl.trans(v_tile), zeros, EXACT)
         ds = p * (dp - delta[:, None])
