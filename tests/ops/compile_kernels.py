@@ -1,4 +1,4 @@
-"""Compile the three attention kernels for a GPU that need not be there; prints what each takes of it, as JSON.
+"""Compile the kernels for a GPU that need not be there; prints what each takes of it, as JSON.
 
 python tests/ops/compile_kernels.py 90          # a compute capability, here 9.0
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -18,26 +19,31 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from small_doge.ops.dynamic_mask import triton_attention
+from small_doge.ops.dynamic_mask import triton_attention, triton_window
 from small_doge.ops.dynamic_mask.sparse import HOPPER, OTHERS
 
+CONSTANTS = {  # as for bfloat16, head size 128 and lists of keys
+    "attention": {"N": 1, "D": 128, "BLOCK_D": 128, "LISTED": True, "CHUNK": 1024, "EXACT": False},
+    "list_keys": {"CHUNK": 1024, "BLOCK_M": 128, "BLOCK": 1024},
+    "position_in_block": {"C": 128, "KEYS": 32},
+}
+TYPES = dict.fromkeys("q k v out do dq".split(), "*bf16") | {"scale": "fp32"}
+TYPES |= dict.fromkeys("keys ends sizes ranges order e rank at_least block".split(), "*i32")
+TYPES |= dict.fromkeys("s scores lse delta dk dv db".split(), "*fp32")
 
-def compiled(name: str, capability: int, tiles: tuple[int, int, int, int]) -> dict[str, object]:
-    """One kernel as for bfloat16, head size 128 and lists of keys: bytes of shared memory and of stack, and its PTX."""
-    function = getattr(triton_attention, name)
-    constants = {"N": 1, "D": 128, "BLOCK_D": 128, "LISTED": True, "CHUNK": 1024, "EXACT": False}
-    constants |= {"BLOCK_M": tiles[0], "BLOCK_N": tiles[1]}
-    types = dict.fromkeys(("q", "k", "v", "out", "do", "dq"), "*bf16")
-    types |= dict.fromkeys(("keys", "ends", "sizes", "ranges"), "*i32") | {"scale": "fp32"}
-    types |= dict.fromkeys(("s", "scores", "lse", "delta", "dk", "dv", "db"), "*fp32")
+
+def compiled(
+    function: Any, capability: int, constants: dict[str, object], warps: int, stages: int, **types: str
+) -> dict[str, object]:
+    """What one kernel takes: bytes of shared memory and stack, registers, and whether it has Hopper's instructions."""
     names = [p.name for p in function.params]
-    signature = {x: "constexpr" if x in constants else types.get(x, "i32") for x in names}
+    signature = {x: "constexpr" if x in constants else (TYPES | types).get(x, "i32") for x in names}
     values = {(names.index(x),): value for x, value in constants.items()}
     by_16 = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if x not in constants and x != "scale"}
     kernel = triton.compile(
         ASTSource(function, signature, values, by_16),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tiles[2], "num_stages": tiles[3]},
+        options={"num_warps": warps, "num_stages": stages},
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -52,5 +58,11 @@ def compiled(name: str, capability: int, tiles: tuple[int, int, int, int]) -> di
 
 if __name__ == "__main__":
     capability = int(sys.argv[1])
-    tiles = HOPPER if capability == 90 else OTHERS
-    print(json.dumps({name: compiled(name, capability, tiles[name]) for name in tiles}))
+    found = {}
+    for name, (queries, keys, warps, stages) in (HOPPER if capability == 90 else OTHERS).items():
+        constants = CONSTANTS["attention"] | {"BLOCK_M": queries, "BLOCK_N": keys}
+        found[name] = compiled(getattr(triton_attention, name), capability, constants, warps, stages)
+    found["list_keys"] = compiled(triton_window.list_keys, capability, CONSTANTS["list_keys"], 8, 3)
+    position = triton_window.position_in_block
+    found["position_in_block"] = compiled(position, capability, CONSTANTS["position_in_block"], 4, 3, out="*i32")
+    print(json.dumps(found))

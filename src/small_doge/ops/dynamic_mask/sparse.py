@@ -50,7 +50,8 @@ def position_in_block(
     order: torch.Tensor, rank: torch.Tensor, at_least: torch.Tensor, block: torch.Tensor, window: int, C: int
 ) -> torch.Tensor:
     """As ``window.position_in_block``, int32."""
-    return _position_in_block(order.int(), rank.int(), at_least, block.int(), window, C)
+    tables = (x.int().contiguous() for x in (order, rank, at_least, block))  # kernels know no strides
+    return _position_in_block(*tables, window, C)
 
 
 @torch.library.custom_op("small_doge::position_in_block", mutates_args=())
@@ -93,6 +94,7 @@ def sparse(
         k, v = (x.repeat_interleave(s.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    e = None if e is None else e.contiguous()
     return _forward(_readable(q), _readable(k), _readable(v), s.float().contiguous(), e, most)[0]
 
 
