@@ -48,6 +48,7 @@ p { max-width: 46rem; } p.lead { font-size: 1.08rem; } .soft { color: var(--soft
 table { border-collapse: collapse; width: 100%; max-width: 46rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; }
+.wide td { overflow-wrap: normal; }
 th { font-weight: 500; color: var(--soft); width: 45%; } td { font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; } figcaption { max-width: 46rem; color: var(--soft); font-size: .93rem; margin-top: .5rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 4px; }
