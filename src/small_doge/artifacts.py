@@ -137,6 +137,18 @@ def require_space(folder: str | Path, needed_bytes: int, what: str) -> None:
         )
 
 
+def duration(seconds: float) -> str:
+    """A time in the words people use: ``0.3 s``, ``48 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 1:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def versions() -> dict[str, str]:
     """Versions of what computes: Python, ourselves and the libraries that matter for the numbers."""
     found = {"python": platform.python_version()}

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from small_doge import DogeConfig, DogeForCausalLM
-from small_doge.artifacts import finish, write_json
+from small_doge.artifacts import duration, finish, write_json
 from small_doge.errors import UserError
 from small_doge.report.page import ReportRecipe, report, text
-from small_doge.report.run import duration, read_run, size, verdict
+from small_doge.report.run import read_run, size, verdict
 
 HOSTILE = "</pre><script>alert(1)</script><img src=http://example.com/x onerror=alert(2)> & \x00 \ud800 \u2028 end"
 

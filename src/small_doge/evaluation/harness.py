@@ -19,11 +19,10 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM, hash_args
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import env as templates
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
-from ..models import load_model
+from ..models import load_causal_lm
 from .likelihood import MAX_GEN_TOKS, HarnessModel
 from .local_tasks import LocalTask, harness_folder, write_tasks
 from .suites import SuiteTask
@@ -48,7 +47,7 @@ def open_model(
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"`device` is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from None
-    model = _load(folder)
+    model = load_causal_lm(folder)
     tokenizer = load_tokenizer(folder) if Path(folder).exists() else _tokenizer_of(folder)
     entries, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     if highest >= entries:
@@ -64,19 +63,6 @@ def open_model(
 def _harness_model(model: Any, tokenizer: Any, tokens_per_batch: int | None, context_length: int | None) -> Any:
     """The one place that says which of the harness's model classes computes."""
     return HarnessModel(model, tokenizer, max_length=context_length, tokens_per_batch=tokens_per_batch)
-
-
-def _load(folder: str) -> Any:
-    try:
-        kind = AutoConfig.from_pretrained(folder).model_type if Path(folder).exists() else None
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {folder} cannot be opened: {str(error).strip().splitlines()[0]}") from error
-    if kind in (None, "doge"):
-        return load_model(folder)
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model {folder} cannot be opened: {str(error).strip().splitlines()[0]}") from error
 
 
 def _tokenizer_of(name: str) -> Any:

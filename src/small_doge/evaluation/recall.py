@@ -6,10 +6,8 @@ and the model; what a study compares, widths, windows or architectures, are seve
 
 from __future__ import annotations
 
-import csv
-import io
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 from .. import artifacts
 from ..errors import UserError
 from ..recipe import plain
+from .recall_results import as_csv, brief, name_of, picture, table
 from .recall_task import Filler, RecallRows, at_queries, measure, recall_rows, tasks
 
 STAGE = "recall"
@@ -28,6 +27,7 @@ BUILT = ("doge", "llama")
 WARMUP = 0.1  # share of the steps in which the learning rate rises; then it falls along a cosine to 0
 QUICK_ROWS = 64  # held-out rows of each task that a measurement during training reads
 SECONDS_BETWEEN_LINES = 10.0
+_SHORT = ("length", "pairs", "accuracy", "loss")  # what the history keeps of a row
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -116,9 +116,13 @@ def recall(recipe: RecallRecipe) -> Path:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from ..models import load_causal_lm
+
     begun, output_dir, trains = time.perf_counter(), Path(recipe.output_dir), recipe.model in BUILT
     settings = {name: value for name, value in plain(recipe).items() if name not in ("output_dir", "measurements")}
     if not trains:
+        if not (Path(recipe.model) / "config.json").is_file():
+            raise UserError(f"model {recipe.model} is neither {' nor '.join(BUILT)} nor a folder with a config.json")
         weights = Path(recipe.model) / "model.safetensors"
         settings["model"] = artifacts.sha256(weights) if weights.is_file() else recipe.model
     if artifacts.is_finished(output_dir, STAGE, settings | {"interrupted_at": None}):
@@ -127,7 +131,7 @@ def recall(recipe: RecallRecipe) -> Path:
         return output_dir / RESULTS_FILE
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = build(recipe) if trains else open_model(recipe.model)
+    model: Any = build(recipe) if trains else load_causal_lm(recipe.model)
     vocab_size = (8192 if trains else model.config.vocab_size) if recipe.vocab_size is None else recipe.vocab_size
     measured = tasks(recipe.lengths, recipe.pairs, vocab_size)
     options: dict[str, Any] = {"power_a": recipe.power_a, "filler": recipe.filler, "vocab_size": vocab_size}
@@ -159,12 +163,12 @@ def recall(recipe: RecallRecipe) -> Path:
                         {"step": step, "training_loss": loss.item(), **{k: row[k] for k in _SHORT}}
                         for row in newest.values()
                     ]
-                    print("  accuracy " + "  ".join(_brief(row) for row in newest.values()), flush=True)
+                    print("  accuracy " + "  ".join(brief(row) for row in newest.values()), flush=True)
                     if recipe.stop_at is not None and all(r["accuracy"] >= recipe.stop_at for r in newest.values()):
                         break
         for task in measured:
             newest[task] = measure(model, *task, recipe.seed, rows=recipe.test_rows, **options) | {"step": step}
-            print(f"  measured {_brief(newest[task])}", flush=True)
+            print(f"  measured {brief(newest[task])}", flush=True)
     except KeyboardInterrupt:
         interrupted = True
         if not newest:
@@ -178,7 +182,7 @@ def recall(recipe: RecallRecipe) -> Path:
         content = {**facts, "rows": rows, "history": history, "seconds": round(seconds, 3)}
         artifacts.write_json(folder / RESULTS_FILE, content)
         artifacts.write_text(folder / CSV_FILE, as_csv(facts, rows))
-        (folder / PICTURE_FILE).write_bytes(picture({_name(facts): rows}))
+        (folder / PICTURE_FILE).write_bytes(picture({name_of(facts): rows}))
         # A run that was cut short is told apart by its settings: the same command again says so and stops.
         artifacts.finish(folder, STAGE, settings | {"interrupted_at": step if interrupted else None}, seconds)
     print(table(rows))
@@ -206,7 +210,9 @@ def evaluate_recall(
     Raises:
         UserError: if some pairs do not fit, or the model cannot be opened.
     """
-    opened = open_model(model) if isinstance(model, (str, Path)) else model
+    from ..models import load_causal_lm
+
+    opened = load_causal_lm(model) if isinstance(model, (str, Path)) else model
     vocab_size = options.setdefault("vocab_size", opened.config.vocab_size)
     return [measure(opened, *task, seed, **options) for task in tasks(lengths, pairs, vocab_size)]
 
@@ -259,10 +265,8 @@ def train(model: Any, recipe: RecallRecipe, device: Any = "cpu") -> Iterator[tup
             now = time.perf_counter()
             if now - last > SECONDS_BETWEEN_LINES or step == recipe.steps:
                 last, left = now, (now - begun) / step * (recipe.steps - step)
-                task = f"{batch.input_ids.shape[1]} positions"
-                print(
-                    f"step {step:>6}/{recipe.steps}  loss {loss.item():.3f} at {task}  {_clock(left)} left", flush=True
-                )
+                what = f"loss {loss.item():.3f} at {batch.input_ids.shape[1]} positions"
+                print(f"step {step:>6}/{recipe.steps}  {what}  {artifacts.duration(left)} left", flush=True)
             yield step, loss.detach()
 
 
@@ -314,103 +318,6 @@ def build(recipe: RecallRecipe) -> Any:
         raise UserError(str(error)) from error
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(LlamaConfig(**sizes)) if recipe.model == "llama" else DogeForCausalLM(config)
-
-
-def open_model(folder: str | Path) -> Any:
-    """The causal language model in a folder, Doge or another of transformers'.
-
-    Raises:
-        UserError: if there is none, or it cannot be opened.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from ..models import load_model
-
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        raise UserError(f"model {folder} is neither {' nor '.join(BUILT)} nor a folder with a config.json")
-    if artifacts.read_json(config).get("model_type") == "doge":
-        return load_model(folder)
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model {folder} cannot be opened: {str(error).strip().splitlines()[0]}") from error
-
-
-def picture(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Accuracy of one or more models as the bytes of a PNG file: for every task, and by distance at the hardest one.
-
-    Args:
-        results: rows of :func:`measure` by the name of their model.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Okabe and Ito's colours, told apart with every common colour blindness; markers differ as well.
-    colours, markers = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#999999"), "osD^vP"
-    every = sorted({(row["length"], row["pairs"]) for rows in results.values() for row in rows})
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for i, (name, rows) in enumerate(results.items()):
-        style: dict[str, Any] = {"color": colours[i % 6], "marker": markers[i % 6], "label": name, "alpha": 0.85}
-        x = [every.index((row["length"], row["pairs"])) for row in rows]
-        left.errorbar(x, [r["accuracy"] for r in rows], [2 * r["standard_error"] for r in rows], capsize=3, **style)
-        for row in rows:
-            if (row["length"], row["pairs"]) == every[-1]:
-                parts = row["by_distance"]
-                middle = [(part["from"] + part["to"]) / 2 for part in parts]
-                right.plot(middle, [part["accuracy"] for part in parts], **style)
-    left.plot(range(len(every)), [1 / p for _, p in every], ":", color="#777777", label="any value of the row")
-    left.set_xticks(range(len(every)), [f"{length:,}\n{pairs:,}" for length, pairs in every])
-    left.set(xlabel="positions of the row\nkey-value pairs", ylabel="accuracy on held-out rows", ylim=(-0.03, 1.03))
-    left.set_title("every length and number of pairs", loc="left")
-    right.set(xlabel="positions from the query back to its value", xlim=(0, every[-1][0]))
-    right.set_title(f"{every[-1][0]:,} positions, {every[-1][1]:,} pairs", loc="left")
-    for axes in (left, right):
-        axes.grid(color="#E4E4E4")
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-_SHORT = ("length", "pairs", "accuracy", "loss")
-
-
-def as_csv(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a task, with the model's facts and the versions in every line."""
-    text = io.StringIO()
-    lines = [{**facts, **row, **artifacts.versions()} for row in rows]
-    names = [name for name in lines[0] if name != "by_distance"]
-    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The accuracies as lines of text."""
-    lines = ["length  pairs  accuracy ± error   loss"]
-    lines += [
-        f"{r['length']:>6,} {r['pairs']:>6,}  {r['accuracy']:>8.4f} ± {r['standard_error']:.4f}  {r['loss']:.4f}"
-        for r in rows
-    ]
-    return "\n".join(lines)
-
-
-def _brief(row: Mapping[str, Any]) -> str:
-    return f"{row['length']:,}/{row['pairs']:,}: {row['accuracy']:.3f}"
-
-
-def _name(facts: Mapping[str, Any]) -> str:
-    window = f", window {facts['keep_window_size']:,}" if facts["keep_window_size"] else ""
-    return f"{facts['model_type']} {facts['hidden_size']:,}{window}"
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def _is_number(value: Any) -> bool:

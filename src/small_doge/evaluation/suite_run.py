@@ -175,7 +175,7 @@ def _run(
         note = local[task.name].note() if local and shots else ""
         score |= {"notes": [note] if note else [], "model": facts}
         artifacts.write_json(folder / SCORE_FILE, score)
-        print(f"{progress.label}: {cell(add_verdict(score))} in {duration(score['seconds'])}", flush=True)
+        print(f"{progress.label}: {cell(add_verdict(score))} in {artifacts.duration(score['seconds'])}", flush=True)
 
 
 @dataclass
@@ -196,19 +196,7 @@ class _Progress:
         if now - self.said > 10:
             self.said = now
             left = (now - self.began) / (done - self.already) * (total - done)
-            print(f"  {done:,} of {total:,} requests, about {duration(left)} left", flush=True)
-
-
-def duration(seconds: float) -> str:
-    """A time in the words people use: ``0.3 s``, ``48 s``, ``3 min 20 s``, ``2 h 5 min``."""
-    if seconds < 1:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+            print(f"  {done:,} of {total:,} requests, about {artifacts.duration(left)} left", flush=True)
 
 
 def _summarise(

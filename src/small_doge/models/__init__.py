@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .cache import DynamicMaskCache
 from .configuration_doge import DogeConfig
-from .loading import load_model
+from .loading import load_causal_lm, load_model
 from .modeling_doge import DogeForCausalLM, DogeForSequenceClassification, DogeModel
 from .sizes import SIZES, config_for
 
@@ -16,6 +16,7 @@ __all__ = [
     "DogeModel",
     "DynamicMaskCache",
     "config_for",
+    "load_causal_lm",
     "load_model",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -43,3 +43,22 @@ def load_model(model: str | os.PathLike, **kwargs) -> DogeForCausalLM:
         missing = sorted(info["missing_keys"])
         raise UserError(f"the weights of model {name} lack {len(missing)} tensors, the first {missing[0]}")
     return loaded.eval()
+
+
+def load_causal_lm(model: str | os.PathLike) -> Any:
+    """A causal language model of any architecture: Doge as :func:`load_model` opens it, others as transformers does.
+
+    Raises:
+        UserError: if there is none, or it cannot be opened.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = os.fspath(model)
+    if not os.path.isfile(os.path.join(name, "config.json")):
+        return load_model(name)  # which says what is wrong with the name, or asks the Hub
+    try:
+        if AutoConfig.from_pretrained(name).model_type == "doge":
+            return load_model(name)
+        return AutoModelForCausalLM.from_pretrained(name).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model {name} cannot be opened: {str(error).strip().splitlines()[0]}") from error

@@ -10,7 +10,6 @@ from typing import Any
 
 from .. import artifacts
 from ..errors import UserError
-from ..evaluation.suite_run import duration
 from .plots import series
 
 STAGES = {
@@ -137,7 +136,7 @@ def summary(run: Run) -> str:
     on += f" of {sources})" if train and sources else ")" if train else ""
     count = parameters(run)
     of = f" of {size(count, '').strip().replace('M', 'million').replace('k', 'thousand')} parameters" if count else ""
-    took = duration(run.stages["pretrain"].get("seconds", 0))
+    took = artifacts.duration(run.stages["pretrain"].get("seconds", 0))
     steps = run.stages["pretrain"].get("steps")
     reads = f" in {steps:,} steps" if steps else ""
     return (
@@ -173,5 +172,5 @@ def numbers(run: Run) -> list[tuple[str, str]]:
     for name, bits in run.results.get("bits_per_byte", {}).items():
         label = "this model" if name == "model" else name
         rows.append((f"Held-out bits per byte, {label}", f"{bits:.4f}"))
-    rows.append(("Time in all", duration(sum(s.get("seconds", 0) for s in run.stages.values()))))
+    rows.append(("Time in all", artifacts.duration(sum(s.get("seconds", 0) for s in run.stages.values()))))
     return [(name, value) for name, value in rows if value is not None]

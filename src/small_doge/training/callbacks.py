@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..artifacts import write_text
+from ..artifacts import duration, write_text
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -123,13 +123,6 @@ class PrintLog(TrainerCallback):
                 parts.append(f"{logs['mfu']:.1%} MFU")
             parts.append(f"{duration(per_step * (state.max_steps - state.global_step))} left")
             print("  ".join(parts), flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class CompletePrompts(TrainerCallback):

@@ -22,7 +22,7 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..models import SIZES, DogeForCausalLM, config_for, load_model
 from .arguments import PretrainArguments
-from .callbacks import CompletePrompts, LossSinceLastLog, PrintLog, SaveOnInterrupt, duration
+from .callbacks import CompletePrompts, LossSinceLastLog, PrintLog, SaveOnInterrupt
 from .checkpoints import checkpoint_name, newest, seal
 from .estimates import flops_per_token, peak_flops, training_bytes
 from .optimizer import decayed_parameters, make_optimizer
@@ -117,7 +117,7 @@ def pretrain(args: PretrainArguments) -> Path:
         facts |= {"eval_loss": metrics["eval_loss"], "eval_bits_per_byte": metrics["eval_bits_per_byte"]}
         seconds = run["seconds"] + time.perf_counter() - started
         artifacts.finish(output_dir, "pretrain", settings, seconds, **facts)
-        print(f"wrote {output_dir} in {duration(seconds)}")
+        print(f"wrote {output_dir} in {artifacts.duration(seconds)}")
     return output_dir
 
 
