@@ -189,7 +189,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
     tasks = list(dict.fromkeys(row["what"] for row in rows))
     figure, panels = plt.subplots(
-        1, len(tasks), figsize=(1.6 + 2.6 * len(tasks), 3.6), layout="constrained", squeeze=False
+        1, len(tasks), figsize=(max(6.0, 1.6 + 2.6 * len(tasks)), 3.6), layout="constrained", squeeze=False
     )
     for axes, task in zip(panels[0], tasks, strict=True):
         of_task = [row for row in rows if row["what"] == task]
