@@ -5,13 +5,18 @@ For each kernel and each shape, with lists of keys and without, the median of se
 
     python benchmarks/tiles.py                                  # all kernels at the shapes of dynamic_mask.py
     python benchmarks/tiles.py --shapes 1,8,32768,2048 --chunks 1024,2048
+
+With ``--compilers N`` that many processes first fill Triton's cache, as compiling takes far longer than timing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,20 +25,22 @@ import torch
 from common import RESULTS, Row, first_line, provenance, write_csv
 
 from small_doge.ops.dynamic_mask import eviction_times
+from small_doge.ops.gpu import kernels
 
 sparse: Any = importlib.import_module("small_doge.ops.dynamic_mask.sparse")  # the package has a function of that name
 
 D = 128
 CHOICES = {
-    "forward": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3)],
-    "backward_queries": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2)],
+    "forward": [
+        *((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (64, 128, 4, 2)),
+        *((128, 64, 8, 3), (128, 128, 8, 3), (128, 32, 8, 4)),
+    ],
+    "backward_queries": [
+        *((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3)),
+    ],
     "backward_keys": [
-        (32, 128, 8, 2),
-        (32, 128, 8, 3),
-        (64, 128, 8, 2),
-        (64, 64, 8, 2),
-        (64, 64, 4, 2),
-        (32, 64, 4, 3),
+        *((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1), (64, 128, 8, 1), (32, 64, 4, 2), (128, 64, 8, 2)),
+        *((128, 128, 8, 2), (32, 128, 4, 2), (64, 64, 8, 2), (32, 128, 8, 3)),
     ],
 }
 
@@ -74,8 +81,25 @@ def launcher(kernel: str, B: int, H: int, T: int, window: int) -> Callable[[], o
         ),
         "backward_keys": (q, k, v, s, keys, ends, scores, sizes, lse, do, delta, dk, dv, ds, *strides(q, k, v, do)),
     }[kernel]
-    function = getattr(sparse._kernels("triton_attention"), kernel)
+    function = getattr(kernels("dynamic_mask.triton_attention"), kernel)
     return lambda: function[grid](*tensors, **arguments)
+
+
+def use(chunk: int, kernel: str, tiles: tuple[int, int, int, int]) -> None:
+    """From here on launch with these tiles, whatever the GPU."""
+    sparse.CHUNK = chunk
+    for table in (sparse.HOPPER, sparse.OTHERS):
+        table[kernel] = tiles
+        for other in {"forward", "backward_queries"} - {kernel}:  # those two share their queries
+            if kernel != "backward_keys" and table[other][0] != tiles[0]:
+                table[other] = (tiles[0], 64, 4, 2)
+
+
+def compile_one(shape: tuple[int, int, int, int], chunk: int, kernel: str, tiles: tuple[int, int, int, int]) -> None:
+    """Leave one choice in Triton's cache; what cannot be compiled is told about when its time is to be measured."""
+    use(chunk, kernel, tiles)
+    with contextlib.suppress(Exception):
+        launcher(kernel, *shape)()
 
 
 def main() -> None:
@@ -84,29 +108,34 @@ def main() -> None:
     parser.add_argument("--chunks", default="1024,2048", help="queries that share a list of keys")
     parser.add_argument("--kernels", default=",".join(CHOICES))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compilers", type=int, default=0, help="processes that compile all choices first")
     parser.add_argument("--output", default=str(RESULTS / "tiles.csv"))
     args = parser.parse_args()
     where, rows = provenance(torch.device("cuda")), []
-    for shape in args.shapes.split(";"):
-        B, H, T, window = map(int, shape.split(","))
-        for chunk in map(int, args.chunks.split(",")) if window < T else [sparse.CHUNK]:
-            sparse.CHUNK = chunk
-            for kernel in args.kernels.split(","):
-                for tiles in CHOICES[kernel]:
-                    for table in (sparse.HOPPER, sparse.OTHERS):
-                        table[kernel] = tiles
-                    row: Row = {"B": B, "H": H, "T": T, "w": window, "chunk": chunk, "kernel": kernel}
-                    row |= dict(zip(("queries", "keys", "warps", "stages"), tiles, strict=True))
-                    try:
-                        row |= {
-                            "ms": round(milliseconds(launcher(kernel, B, H, T, window), args.rounds), 4),
-                            "note": "",
-                        }
-                    except Exception as error:  # more shared memory or registers than there are: the others still run
-                        row |= {"ms": "", "note": first_line(error)}
-                    rows.append(row | where)
-                    print(f"{shape:<20} {chunk:>5} {kernel:<17} {tiles!s:<18} {row['ms']} {row['note']}", flush=True)
-            write_csv(rows, Path(args.output))
+    shapes = [(B, H, T, w) for B, H, T, w in (map(int, shape.split(",")) for shape in args.shapes.split(";"))]
+    choices = [
+        (shape, chunk, kernel, tiles)
+        for shape in shapes
+        for chunk in (map(int, args.chunks.split(",")) if shape[3] < shape[2] else [sparse.CHUNK])
+        for kernel in args.kernels.split(",")
+        for tiles in CHOICES[kernel]
+    ]
+    if args.compilers:
+        # Lists or none, and the chunk, are in the kernels; the rest of a shape is not.
+        different = {(shape[3] < shape[2], *choice): (shape, *choice) for shape, *choice in choices}
+        with ProcessPoolExecutor(args.compilers, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(compile_one, *zip(*different.values(), strict=True)))
+    for shape, chunk, kernel, tiles in choices:
+        use(chunk, kernel, tiles)
+        row: Row = dict(zip(("B", "H", "T", "w"), shape, strict=True)) | {"chunk": chunk, "kernel": kernel}
+        row |= dict(zip(("queries", "keys", "warps", "stages"), tiles, strict=True))
+        try:
+            row |= {"ms": round(milliseconds(launcher(kernel, *shape), args.rounds), 4), "note": ""}
+        except Exception as error:  # more shared memory or registers than there are: the others still run
+            row |= {"ms": "", "note": first_line(error)}
+        rows.append(row | where)
+        print(f"{shape!s:<20} {chunk:>5} {kernel:<17} {tiles!s:<18} {row['ms']} {row['note']}", flush=True)
+    write_csv(rows, Path(args.output))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,14 @@ from small_doge.ops.dynamic_mask.sparse import HOPPER, OTHERS
 CONSTANTS = {  # as for bfloat16, head size 128 and lists of keys
     "attention": {"N": 1, "D": 128, "BLOCK_D": 128, "LISTED": True, "CHUNK": 1024, "EXACT": False},
     "list_keys": {"CHUNK": 1024, "BLOCK_M": 128, "BLOCK": 1024},
-    "position_in_block": {"C": 128, "KEYS": 32},
+    "sort_keys": {"key_mask": None, "documents": None, "SHIFT": 22, "NARROW": True},
+    "invert": {},
+    "count_at_least": {"C": 128, "NB": 16, "U": 4},
+    "thresholds": {"C": 128, "BLOCKS": 256},
+    "position": {"C": 128, "KEYS": 32, "BLOCKS": 256},
 }
-TYPES = dict.fromkeys("q k v out do dq".split(), "*bf16") | {"scale": "fp32"}
-TYPES |= dict.fromkeys("keys ends sizes ranges order e rank at_least block".split(), "*i32")
+TYPES = dict.fromkeys("q k v out do dq".split(), "*bf16") | {"scale": "fp32", "by_rank": "*i64"}
+TYPES |= dict.fromkeys("keys ends sizes ranges order e rank at_least threshold".split(), "*i32")
 TYPES |= dict.fromkeys("s scores lse delta dk dv db".split(), "*fp32")
 
 
@@ -62,7 +66,7 @@ if __name__ == "__main__":
     for name, (queries, keys, warps, stages) in (HOPPER if capability == 90 else OTHERS).items():
         constants = CONSTANTS["attention"] | {"BLOCK_M": queries, "BLOCK_N": keys}
         found[name] = compiled(getattr(triton_attention, name), capability, constants, warps, stages)
-    found["list_keys"] = compiled(triton_window.list_keys, capability, CONSTANTS["list_keys"], 8, 3)
-    position = triton_window.position_in_block
-    found["position_in_block"] = compiled(position, capability, CONSTANTS["position_in_block"], 4, 3, out="*i32")
+    for name in CONSTANTS.keys() - {"attention"}:
+        warps = 8 if name in ("list_keys", "count_at_least") else 4
+        found[name] = compiled(getattr(triton_window, name), capability, CONSTANTS[name], warps, 3, out="*i32")
     print(json.dumps(found))

@@ -10,11 +10,12 @@ import os
 
 import torch
 
+from ..gpu import usable
 from .chunked import chunked
 from .decode import decode
 from .folded import folded
 from .reference import reference, visible_keys
-from .sparse import DTYPES, LARGEST_HEAD, sparse, usable
+from .sparse import DTYPES, LARGEST_HEAD, sparse
 from .window import eviction_times, ranks
 
 __all__ = [
@@ -130,7 +131,10 @@ def choose_path(
         return ("folded" if Tk <= window else "reference"), f"a mask of its own for every query; {fits}"
     if Tk > window and Tq <= FEW_QUERIES < Tk:
         return "reference", f"few queries: {Tq} of {fits}"
-    if Tk > window:  # `sparse` is not chosen by itself before benchmarks/dynamic_mask.py has run on a GPU
+    # In float32 its kernels are exact, and slower than matrix products of PyTorch's.
+    if (Tk > window or described) and not _no_sparse(q, k, dropout_p) and _dtype(q) != torch.float32:
+        return "sparse", f"{'keys drop out' if Tk > window else 'padding or documents'}: {fits}"
+    if Tk > window:
         return "chunked", f"keys drop out: {fits}"
     if described and B * Tq * Tk > LARGEST_MASK:
         return "chunked", f"no key can drop out ({fits}), but a mask for padding and documents would be large"
@@ -141,7 +145,7 @@ def _obstacle(
     path: str, q: torch.Tensor, k: torch.Tensor, window: int, mask: bool, dropout_p: float, return_weights: bool
 ) -> str | None:
     """Why ``path`` cannot compute a call, or None if it can."""
-    Tq, Tk = q.shape[2], k.shape[2]
+    Tk = k.shape[2]
     if path not in PATHS:
         return f"expected one of {', '.join(PATHS)}"
     if return_weights and path != "reference":
@@ -150,15 +154,23 @@ def _obstacle(
         return f"`{path}` takes no mask of its own for every query"
     if path == "folded" and Tk > window:
         return f"`folded` drops no key, and there are {Tk} keys for a window of {window}"
-    if path == "sparse":
-        dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
-        if not usable(q):
-            return "`sparse` needs Triton and an NVIDIA GPU of compute capability 8.0 or more"
-        if dtype not in DTYPES or q.shape[3] > LARGEST_HEAD:
-            return f"`sparse` takes 16 and 32 bit floats and heads up to {LARGEST_HEAD}"
-        if Tq != Tk or dropout_p:
-            return "`sparse` takes as many queries as keys, and no dropout"
+    return _no_sparse(q, k, dropout_p) if path == "sparse" else None
+
+
+def _no_sparse(q: torch.Tensor, k: torch.Tensor, dropout_p: float) -> str | None:
+    """Why the kernels of `sparse` cannot compute a call, or None if they can."""
+    if not usable(q):
+        return "`sparse` needs Triton and an NVIDIA GPU of compute capability 8.0 or more"
+    if _dtype(q) not in DTYPES or q.shape[3] > LARGEST_HEAD:
+        return f"`sparse` takes 16 and 32 bit floats and heads up to {LARGEST_HEAD}"
+    if q.shape[2] != k.shape[2] or dropout_p:
+        return "`sparse` takes as many queries as keys, and no dropout"
     return None
+
+
+def _dtype(q: torch.Tensor) -> torch.dtype:
+    """What q is computed in."""
+    return torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
 
 
 def _check(

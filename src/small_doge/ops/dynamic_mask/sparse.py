@@ -5,20 +5,19 @@ Here is what calls the kernels: sizes of tiles, allocation, and operators that t
 
 from __future__ import annotations
 
-import functools
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
+
+from ..gpu import kernels
 
 CHUNK = 1024  # queries that share a list of keys
 # Tiles (queries, keys, warps, stages) of each kernel, for head sizes up to 128. The first two share their queries.
 Tiles = tuple[int, int, int, int]
 HOPPER: dict[str, Tiles] = {
-    "forward": (128, 64, 8, 3),
-    "backward_queries": (128, 64, 8, 3),
-    "backward_keys": (32, 128, 8, 3),
+    "forward": (64, 64, 4, 2),
+    "backward_queries": (64, 64, 4, 2),
+    "backward_keys": (64, 128, 8, 2),
 }
 OTHERS: dict[str, Tiles] = {  # within the 99 KiB of shared memory of an RTX 30 or 40, and without spilling registers
     "forward": (128, 64, 8, 3),
@@ -28,49 +27,6 @@ OTHERS: dict[str, Tiles] = {  # within the 99 KiB of shared memory of an RTX 30 
 EXACT: Tiles = (32, 32, 4, 1)  # for float32: exact, not fast
 LARGEST_HEAD = 128  # beyond it the tiles do not fit into shared memory
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@functools.cache
-def _kernels(name: str) -> ModuleType | None:
-    """A module of kernels, or None where Triton cannot be imported."""
-    try:
-        return importlib.import_module(f".{name}", __package__)
-    except ImportError:
-        return None
-
-
-def usable(x: torch.Tensor) -> bool:
-    """Whether the kernels run on the device of ``x``: an NVIDIA GPU from Ampere on, with Triton installed."""
-    if not x.is_cuda or torch.version.cuda is None or _kernels("triton_attention") is None:
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-def position_in_block(
-    order: torch.Tensor, rank: torch.Tensor, at_least: torch.Tensor, block: torch.Tensor, window: int, C: int
-) -> torch.Tensor:
-    """As ``window.position_in_block``, int32."""
-    tables = (x.int().contiguous() for x in (order, rank, at_least, block))  # kernels know no strides
-    return _position_in_block(*tables, window, C)
-
-
-@torch.library.custom_op("small_doge::position_in_block", mutates_args=())
-def _position_in_block(
-    order: torch.Tensor, rank: torch.Tensor, at_least: torch.Tensor, block: torch.Tensor, window: int, C: int
-) -> torch.Tensor:
-    R, T = rank.shape
-    out = torch.empty_like(rank)
-    keys = max(1, 4096 // C)
-    kernels: Any = _kernels("triton_window")
-    kernels.position_in_block[(-(-T // keys), R)](
-        order, rank, at_least, block, out, T, window, at_least.shape[1], C=C, KEYS=keys
-    )
-    return out
-
-
-@_position_in_block.register_fake
-def _(order, rank, at_least, block, window, C):
-    return torch.empty_like(rank)
 
 
 def sparse(
@@ -157,15 +113,18 @@ def _forward(
     if e is not None:
         R, chunks, slots = keys.shape
         rows = torch.arange(R, device=e.device)[:, None]
-        falling = (rows * (T + 1) + T - e.view(R, T)).flatten().argsort().view(R, T) - rows * T  # one sort of all rows
-        window_kernels: Any = _kernels("triton_window")
-        window_kernels.list_keys[(chunks, R)](
+        late = (rows * (T + 1) + T - e.view(R, T)).flatten()
+        if R * (T + 1) < 1 << 31:
+            late = late.int()  # half the passes of a radix sort
+        falling = late.argsort().view(R, T) - rows * T  # one sort of all rows
+        run: Any = kernels("dynamic_mask.triton_window")
+        run.list_keys[(chunks, R)](
             falling.int(), e, s, keys, ends, scores, sizes, ranges, T, slots - CHUNK,
             CHUNK=CHUNK, BLOCK_M=_tiles("forward", q)[0], BLOCK=1024, num_warps=8,
         )  # fmt: skip
     arguments, grid = _launch("forward", q, k, e, keys)
-    kernels: Any = _kernels("triton_attention")
-    kernels.forward[grid](q, k, v, s, keys, ends, scores, ranges, out, lse, *_strides(q, k, v, out), **arguments)
+    run = kernels("dynamic_mask.triton_attention")
+    run.forward[grid](q, k, v, s, keys, ends, scores, ranges, out, lse, *_strides(q, k, v, out), **arguments)
     return out, lse, keys, ends, scores, sizes, ranges
 
 
@@ -199,13 +158,13 @@ def _backward(
     make, dtype = (torch.empty, k.dtype) if e is None else (torch.zeros, torch.float32)
     dk, dv = (make(k.shape, dtype=dtype, device=q.device) for _ in range(2))
     ds = make(s.shape, dtype=torch.float32, device=q.device)
-    kernels: Any = _kernels("triton_attention")
+    run: Any = kernels("dynamic_mask.triton_attention")
     arguments, grid = _launch("backward_queries", q, k, e, keys)
-    kernels.backward_queries[grid](
+    run.backward_queries[grid](
         q, k, v, s, keys, ends, scores, ranges, out, lse, do, delta, dq, *_strides(q, k, v, out, do), **arguments
     )
     arguments, grid = _launch("backward_keys", q, k, e, keys)
-    kernels.backward_keys[grid](
+    run.backward_keys[grid](
         q, k, v, s, keys, ends, scores, sizes, lse, do, delta, dk, dv, ds, *_strides(q, k, v, do), **arguments
     )
     return dq, dk.to(k.dtype), dv.to(v.dtype), ds

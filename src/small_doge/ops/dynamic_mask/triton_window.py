@@ -1,4 +1,4 @@
-"""Triton kernels around the window: the last step of eviction times, and the lists of keys that queries look up."""
+"""Triton kernels around the window: eviction times, and the lists of keys that queries look up."""
 
 from __future__ import annotations
 
@@ -7,22 +7,104 @@ import triton.language as tl
 
 
 @triton.jit
-def position_in_block(
-    order,  # (R, T) int32: positions by ascending rank
-    rank,  # (R, T) int32
-    at_least,  # (R, blocks, blocks + 1) int32
-    block,  # (R, T) int32
-    out,  # (R, T) int32
-    T, window, blocks,
-    C: tl.constexpr, KEYS: tl.constexpr,
+def sort_keys(
+    s,  # (R, T) float32
+    key_mask,  # (B, T) bool, or None
+    documents,  # (B, T) integers, or None
+    out,  # (R·T,) int32 or int64: rows, documents, scores on the grid of `window.grid`, in this order of weight
+    T, M,
+    SHIFT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """See ``window._position_in_block``: one program a row and KEYS keys."""
+    row = tl.program_id(1)
+    x = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    real = x < T
+    b = (row // M).to(tl.int64) * T
+    at = row.to(tl.int64) * T + x
+    bits = (tl.load(s + at, mask=real, other=0.0) + 0.0).to(tl.int32, bitcast=True)  # −0 and 0 are the same number
+    ordered = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    key = ((ordered.to(tl.int64) + 1024) >> 11) + (1 << 20) + 1
+    if key_mask is not None:
+        key = tl.where(tl.load(key_mask + b + x, mask=real, other=0) != 0, key, 0)
+    if documents is not None:
+        key += tl.load(documents + b + x, mask=real, other=0).to(tl.int64) << SHIFT
+    key += row.to(tl.int64) << (SHIFT if NARROW else 48)
+    tl.store(out + at, key.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def invert(by_rank, order, rank, T):
+    """Places in R·T sorted numbers (int64) → positions of each row by ascending rank, and ranks, (R, T) int32 both."""
+    row = tl.program_id(1).to(tl.int64) * T
+    x = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    real = x < T
+    j = (tl.load(by_rank + row + x, mask=real, other=0) - row).to(tl.int32)
+    tl.store(order + row + x, j, mask=real)
+    tl.store(rank + row + j, x, mask=real)
+
+
+@triton.jit
+def count_at_least(
+    rank,  # (R, T) int32
+    at_least,  # out (R, blocks, blocks + 1) int32: keys of the blocks up to b that rank in bucket u or above
+    T, blocks,
+    C: tl.constexpr, NB: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """One program a row and U buckets; it walks along the positions, NB blocks at a time."""
+    row = tl.program_id(1).to(tl.int64)
+    u = tl.program_id(0) * U + tl.arange(0, U)
+    lanes = tl.arange(0, NB)
+    inside = lanes[:, None] * C + tl.arange(0, C)[None, :]
+    before = tl.zeros([U], tl.int32)
+    for first in range(0, blocks, NB):
+        x = first * C + inside
+        r = tl.load(rank + row * T + x, mask=x < T, other=-1)
+        counts = tl.sum((r[None, :, :] >= (u * C)[:, None, None]).to(tl.int32), 2)
+        b = first + lanes
+        at = (row * blocks + b)[None, :] * (blocks + 1) + u[:, None]
+        here = (b < blocks)[None, :] & (u <= blocks)[:, None]
+        tl.store(at_least + at, before[:, None] + tl.cumsum(counts, 1), mask=here)
+        before += tl.sum(counts, 1)
+
+
+@triton.jit
+def thresholds(
+    order,  # (R, T) int32: positions by ascending rank
+    at_least,  # as above
+    threshold,  # out (R, blocks) int32: the rank of the w-th best key up to the end of a block, −1 if there is none
+    T, window, blocks,
+    C: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    row, b = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    table = at_least + (row * blocks + b) * (blocks + 1)
+    u = tl.arange(0, BLOCKS)
+    bucket = tl.sum((tl.load(table + u, mask=u < blocks, other=0) >= window).to(tl.int32), 0) - 1
+    found = -1
+    if bucket >= 0:
+        missing = window - tl.load(table + bucket + 1)  # how many the buckets above leave to find here
+        slot = bucket * C + tl.arange(0, C)
+        seen = tl.load(order + row * T + slot, mask=slot < T, other=T) < tl.minimum((b + 1) * C, T)
+        enough = tl.cumsum(seen.to(tl.int32), 0, reverse=True) >= missing
+        found = bucket * C + tl.sum(enough.to(tl.int32), 0) - 1
+    tl.store(threshold + row * blocks + b, found)
+
+
+@triton.jit
+def position(
+    order, rank, at_least, threshold,  # as above
+    out,  # (R, T) int32: eviction times
+    T, window, blocks,
+    C: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One program a row and KEYS keys: the block in which each leaves, then where w keys rank above it there."""
     row = tl.program_id(1).to(tl.int64)
     x = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     real = x < T
     c = tl.arange(0, C)
     r = tl.load(rank + row * T + x, mask=real, other=0)
-    b = tl.load(block + row * T + x, mask=real, other=blocks)
+    u = tl.arange(0, BLOCKS)
+    limits = tl.load(threshold + row * blocks + u, mask=u < blocks, other=2147483647)
+    # Thresholds never fall: the first one above the rank, but not before the key's own block.
+    b = tl.maximum(tl.sum((limits[None, :] <= r[:, None]).to(tl.int32), 1), x // C)
     leaves = real & (b < blocks)
     counted = leaves & (b > 0)
     higher = tl.load(at_least + (row * blocks + b - 1) * (blocks + 1) + r // C + 1, mask=counted, other=0)
@@ -33,7 +115,7 @@ def position_in_block(
     newer = tl.load(rank + row * T + at, mask=leaves[:, None] & (at < T), other=-1)
     above = tl.cumsum((newer > r[:, None]).to(tl.int32), 1)
     steps = tl.sum((above < (window - higher - same)[:, None]).to(tl.int32), 1)
-    tl.store(out + row * T + x, b * C + steps, mask=real)
+    tl.store(out + row * T + x, tl.where(leaves, tl.maximum(b * C + steps, x), T), mask=real)
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .sparse import position_in_block as kernel
-from .sparse import usable
+from ..gpu import usable
+from . import window_gpu
 
 
 def grid(s: torch.Tensor) -> torch.Tensor:
@@ -62,12 +62,11 @@ def eviction_times(
     if window >= T:
         e = torch.full((B, M, T), T, device=s.device)
     else:
-        order_key = grid(s) + 1  # 1 or more, so that padding (0) ranks below every score
-        if key_mask is not None:
-            order_key = order_key * key_mask[:, None]
-        if documents is not None:  # a newer document ranks above the older ones: ranks within it are all that counts
-            order_key = order_key + (documents.long()[:, None] << 22)
-        e = _evictions(order_key.flatten(0, 1), window).view(B, M, T)
+        e = (
+            window_gpu.evictions(s, window, key_mask, documents)
+            if usable(s)
+            else _rank_and_evict(s, window, key_mask, documents)
+        )
     if local_window:
         e = torch.maximum(e, (j + local_window).clamp(max=T))
     if documents is not None:
@@ -78,15 +77,25 @@ def eviction_times(
     return e.int()
 
 
+def _rank_and_evict(
+    s: torch.Tensor, window: int, key_mask: torch.Tensor | None, documents: torch.Tensor | None
+) -> torch.Tensor:
+    """See ``window_gpu.evictions``."""
+    order_key = grid(s) + 1  # 1 or more, so that padding (0) ranks below every score
+    if key_mask is not None:
+        order_key = order_key * key_mask[:, None]
+    if documents is not None:  # a newer document ranks above the older ones: ranks within it are all that counts
+        order_key = order_key + (documents.long()[:, None] << 22)
+    return _evictions(order_key.flatten(0, 1), window).view(s.shape)
+
+
 def _evictions(order_key: torch.Tensor, window: int) -> torch.Tensor:
     """Integers (R, T) to rank by, position breaking ties → eviction times (R, T), int64, for window < T."""
     R, T = order_key.shape
     device = order_key.device
-    C = 64  # positions and ranks are both cut into blocks of C
-    while C * 256 < T:
-        C *= 2
+    C = window_gpu.block_length(T)  # positions and ranks are both cut into blocks of C
     blocks = -(-T // C)
-    order = _positions_by_rank(order_key)
+    order = order_key.argsort(dim=-1, stable=True)
     j = torch.arange(T, device=device).expand(R, T)
     rank = torch.zeros(R, T, dtype=torch.int64, device=device).scatter_(1, order, j)
 
@@ -107,21 +116,11 @@ def _evictions(order_key: torch.Tensor, window: int) -> torch.Tensor:
 
     # Key j leaves in the first block, not before its own, at whose end its rank is below the threshold.
     block = torch.searchsorted(threshold, rank, right=True).maximum(j // C)  # (R, T), `blocks` for never
-    find = kernel if usable(order_key) else position_in_block
-    i = find(order, rank, at_least, block, window, C)
+    i = _position_in_block(order, rank, at_least, block, window, C)
     return torch.where(block == blocks, T, torch.maximum(i, j))
 
 
-def _positions_by_rank(order_key: torch.Tensor) -> torch.Tensor:
-    """Integers (R, T) below 2⁴⁸ → the positions of each row by ascending key, older first among equals, int64."""
-    R, T = order_key.shape
-    if not order_key.is_cuda:
-        return order_key.argsort(dim=-1, stable=True)
-    rows = torch.arange(R, device=order_key.device)[:, None]  # one sort of all rows is faster there
-    return (order_key + (rows << 48)).flatten().argsort(stable=True).view(R, T) - rows * T
-
-
-def position_in_block(
+def _position_in_block(
     order: torch.Tensor, rank: torch.Tensor, at_least: torch.Tensor, block: torch.Tensor, window: int, C: int
 ) -> torch.Tensor:
     """Where in its ``block`` w keys rank above each key: positions (R, T), without meaning where it is past the end."""

@@ -1,0 +1,25 @@
+"""Where Triton's kernels run."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # it is not there on every system
+
+
+def usable(x: torch.Tensor) -> bool:
+    """Whether kernels run on the device of ``x``: an NVIDIA GPU from Ampere on, with Triton installed."""
+    if not (HAS_TRITON and x.is_cuda and torch.version.cuda):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """A module of kernels below ``ops``, imported when the first of them is called: Triton takes a while."""
+    return importlib.import_module(f".{name}", __package__)
