@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"errors"},
     "artifacts": {"errors"},
     "ops": set(),
-    "models": {"ops", "errors"},
+    "models": {"ops", "errors", "artifacts"},
     "data": {"ops", "errors", "recipe", "artifacts"},
     "training": LOWER,
     "evaluation": LOWER,

@@ -9,7 +9,14 @@ import sys as _sys
 
 from .errors import UserError
 
-_EXPORTS = ("DogeConfig", "DogeForCausalLM", "DogeForSequenceClassification", "DogeModel", "DynamicMaskCache")
+_EXPORTS = (
+    "DogeConfig",
+    "DogeForCausalLM",
+    "DogeForSequenceClassification",
+    "DogeModel",
+    "DynamicMaskCache",
+    "upcycle",
+)
 __all__ = [*_EXPORTS, "UserError"]
 
 # Registering takes torch and transformers, seconds of import. Our own command answers --help without them and imports

@@ -13,23 +13,36 @@ from typing import Any
 from . import recipe as recipes
 from .errors import UserError
 
-# stage: module with its recipe and its function, their names, what it does, and the field a bare argument fills.
+# stage: module with its recipe and its function, their names, what it does, and the fields bare words fill in turn.
 _STAGES = {
-    "demo": ("demo", "DemoRecipe", "demo", "the whole way on a laptop: text to tokenizer to model to report", None),
-    "tokenizer": ("data.tokenizer", "TokenizerRecipe", "train_tokenizer", "train a tokenizer on a corpus", None),
-    "prepare": ("data.packing", "PrepareRecipe", "prepare", "encode a corpus into packed rows of tokens", None),
-    "pretrain": ("training.pretrain", "PretrainArguments", "pretrain", "train a model on packed tokens", None),
+    "demo": ("demo", "DemoRecipe", "demo", "the whole way on a laptop: text to tokenizer to model to report", ()),
+    "tokenizer": ("data.tokenizer", "TokenizerRecipe", "train_tokenizer", "train a tokenizer on a corpus", ()),
+    "prepare": ("data.packing", "PrepareRecipe", "prepare", "encode a corpus into packed rows of tokens", ()),
+    "pretrain": ("training.pretrain", "PretrainArguments", "pretrain", "train a model on packed tokens", ()),
     "evaluate": (
         "evaluation.evaluate",
         "EvaluateRecipe",
         "evaluate",
         "bits per byte of text, or a suite of tasks",
-        "model",
+        ("model",),
     ),
-    "recall": ("evaluation.recall", "RecallRecipe", "recall", "associative recall: train on it, measure it", "model"),
-    "generate": ("inference.generate", "GenerateRecipe", "generate", "complete a prompt", "prompt"),
-    "info": ("inference.info", "InfoRecipe", "info", "a model's size, state and attention path", "model"),
-    "report": ("report.page", "ReportRecipe", "report", "one page about a run", "run_dir"),
+    "recall": (
+        "evaluation.recall",
+        "RecallRecipe",
+        "recall",
+        "associative recall: train on it, measure it",
+        ("model",),
+    ),
+    "upcycle": (
+        "models.upcycle",
+        "UpcycleRecipe",
+        "upcycle_folder",
+        "experts for a dense model, or more of them, at the same logits",
+        ("model", "output_dir"),
+    ),
+    "generate": ("inference.generate", "GenerateRecipe", "generate", "complete a prompt", ("prompt",)),
+    "info": ("inference.info", "InfoRecipe", "info", "a model's size, state and attention path", ("model",)),
+    "report": ("report.page", "ReportRecipe", "report", "one page about a run", ("run_dir",)),
 }
 
 
@@ -64,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
     module_name, recipe_name, function_name, what, bare = _STAGES[known.stage]
-    overrides = _overrides(rest, bare) if not known.help else {}
+    overrides = _overrides(rest, *bare) if not known.help else {}
     module = importlib.import_module(f".{module_name}", __package__)
     cls = getattr(module, recipe_name)
     if known.help:
@@ -74,16 +87,17 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _overrides(words: list[str], bare: str | None) -> dict[str, Any]:
+def _overrides(words: list[str], *bare: str) -> dict[str, Any]:
     """``--field value``, ``--field=value`` and a lone ``--field`` (true) to fields and values.
 
-    One word that belongs to no field is the value of the field ``bare``, such as the prompt.
+    Words that belong to no field are the values of the fields ``bare``, such as the prompt, in turn.
     """
     fields: dict[str, Any] = {}
     i = 0
     while i < len(words):
-        if not words[i].startswith("--") and bare and bare not in fields:
-            fields[bare] = recipes.Word(words[i])
+        unfilled = [name for name in bare if name not in fields]
+        if not words[i].startswith("--") and unfilled:
+            fields[unfilled[0]] = recipes.Word(words[i])
             i += 1
             continue
         if not words[i].startswith("--") or words[i] == "--":
@@ -97,9 +111,10 @@ def _overrides(words: list[str], bare: str | None) -> dict[str, Any]:
     return fields
 
 
-def _describe(stage: str, what: str, cls: type, bare: str | None) -> str:
+def _describe(stage: str, what: str, cls: type, bare: tuple[str, ...]) -> str:
     """The fields of a recipe with their defaults and meanings."""
-    usage = f"doge {stage}{f' [{bare.upper()}]' if bare else ''} [--config RECIPE.yaml] [--field value …] [--verbose]"
+    words = "".join(f" [{name.upper()}]" for name in bare)
+    usage = f"doge {stage}{words} [--config RECIPE.yaml] [--field value …] [--verbose]"
     lines = [f"usage: {usage}", "", what, "", "fields:"]
     for field in dataclasses.fields(cls):
         if "help" in field.metadata:

@@ -11,10 +11,18 @@ def step(model, run, **inputs):
     return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("window", [64, 7], ids=["folded", "chunked"])
+EXPERTS = {"is_moe": True, "num_experts": 25, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.1}
+KINDS = {"folded": {"keep_window_size": 64}, "chunked": {"keep_window_size": 7}}
+KINDS["experts"] = KINDS["folded"] | EXPERTS
+
+
+@pytest.fixture(params=KINDS)
+def model(request, make_model):
+    return make_model(torch.float64, **KINDS[request.param]).train()
+
+
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_training_step_compiles_without_graph_breaks(make_model, window, packed):
-    model = make_model(torch.float64, keep_window_size=window).train()
+def test_a_training_step_compiles_without_graph_breaks(model, packed):
     inputs = {"input_ids": torch.randint(3, 400, (2, 30))}
     if packed:
         inputs["position_ids"] = torch.cat([torch.arange(12), torch.arange(18)]).expand(2, -1).contiguous()
@@ -28,12 +36,11 @@ def test_a_training_step_compiles_without_graph_breaks(make_model, window, packe
         assert (a - b).norm() <= 1e-6 * b.norm()
 
 
-@pytest.mark.parametrize("window", [64, 7], ids=["folded", "chunked"])
-def test_gradient_checkpointing_changes_nothing(make_model, window):
-    model = make_model(torch.float64, keep_window_size=window).train()
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(model, reentrant):
     ids = torch.randint(3, 400, (2, 30))
     expected, gradients = step(model, model, input_ids=ids)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     got, again = step(model, model, input_ids=ids)
     assert got == expected
     for a, b in zip(again, gradients, strict=True):

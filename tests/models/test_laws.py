@@ -17,6 +17,7 @@ PATHS = {
     "biases": {"keep_window_size": 7, "attention_bias": True, "mlp_bias": True},
     "first release, local window": {"keep_window_size": 6, "qk_norm": False, "mask_heads": 4, "local_window": 2},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}, "keep_window_size": 7},
+    "experts": {"keep_window_size": 7, "is_moe": True, "num_experts": 25, "num_experts_per_tok": 3},
 }
 # Words repeat, as they do in text: equal tokens tie in the first layer.
 TEXT = [5, 9, 7, 5, 9, 30, 7, 5, 5, 5, 11, 9, 7, 31, 5, 9, 8, 7, 5, 30, 12, 9, 5, 7, 9, 5, 40, 41, 5, 9]

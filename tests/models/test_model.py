@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
 from transformers import DogeForCausalLM as TheirDoge
 
 from small_doge.errors import UserError
@@ -32,6 +32,17 @@ def parameters(config):
 def test_published_sizes(size, millions):
     assert parameters(config_for(size)) / 1e6 == pytest.approx(millions, abs=0.06)
     assert config_for(size).heads[-1] == 128
+
+
+@pytest.mark.parametrize(
+    ("size", "dense", "millions", "K"),
+    [("40m", "20m", 17.4, 32), ("180m", "60m", 122.7, 64), ("600m", "160m", 496.0, 96), ("1.6b", "320m", 1417.9, 128)],
+)
+def test_published_sizes_with_experts(size, dense, millions, K):
+    config = config_for(f"{size}-moe")
+    assert parameters(config) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert (config.num_keys, config.num_experts_per_tok) == (K, K // 4)
+    assert SIZES[f"{size}-moe"].items() > SIZES[dense].items()
 
 
 def test_unknown_size():
@@ -68,17 +79,6 @@ def test_a_mask_ratio_that_looks_ahead_is_refused():
         DogeConfig(dynamic_mask_ratio=0.25)
 
 
-def test_experts_are_for_another_version(tmp_path):
-    config = config_for("tiny", vocab_size=64, is_moe=True, num_experts=16)
-    assert AutoConfig.for_model("doge", is_moe=True, num_experts=16).num_experts == 16
-    with pytest.raises(NotImplementedError, match="Mixture of Experts"):
-        DogeForCausalLM(config)
-    config.save_pretrained(tmp_path)
-    save_file({"model.norm.weight": torch.ones(192)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="Mixture of Experts"):
-        load_model(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -90,6 +90,14 @@ def test_experts_are_for_another_version(tmp_path):
         ({"local_window": -1}, "local_window is -1, expected 0 or more"),
         ({"head_dim": 7}, "head_dim is 7, expected an even number"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        (
+            {"is_moe": True, "num_experts": 24, "num_experts_per_tok": 2},
+            "24, expected a perfect square such as 16 or 25",
+        ),
+        ({"is_moe": True, "num_experts": 0}, "num_experts is 0, expected a perfect square such as 1 or 4"),
+        ({"is_moe": True, "num_experts": 16}, "num_experts_per_tok is 64, expected 1 to 16"),
+        ({"is_moe": True, "num_experts_per_tok": 0}, "num_experts_per_tok is 0, expected 1 to 16384"),
+        ({"is_moe": True, "hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu' with is_moe"),
     ],
 )
 def test_configurations_that_cannot_be_are_named(fields, message):

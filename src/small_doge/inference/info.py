@@ -72,6 +72,10 @@ def info(recipe: InfoRecipe) -> dict[str, str]:
         "cache": f"{state(M, min(recipe.length, held), 12)} after {recipe.length:,} tokens, at most "
         f"{state(M, held, 12)}; one that keeps every key has {state(G, recipe.length, 0)}",
     }
+    if config.is_moe:
+        N, k, idle = config.num_experts, config.num_experts_per_tok, config.num_experts - config.num_experts_per_tok
+        used = parameters - 2 * config.num_hidden_layers * idle * config.hidden_size
+        facts["experts"] = f"{k:,} of {N:,} for each token in every layer; a token meets {used:,} of the parameters"
     if FORCE not in os.environ:
         facts["force"] = f"{FORCE}=reference|folded|chunked|sparse takes another path where it can"
     for key, value in facts.items():

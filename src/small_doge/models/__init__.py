@@ -7,6 +7,7 @@ from .configuration_doge import DogeConfig
 from .loading import load_causal_lm, load_model
 from .modeling_doge import DogeForCausalLM, DogeForSequenceClassification, DogeModel
 from .sizes import SIZES, config_for
+from .upcycle import upcycle
 
 __all__ = [
     "SIZES",
@@ -18,6 +19,7 @@ __all__ = [
     "config_for",
     "load_causal_lm",
     "load_model",
+    "upcycle",
 ]
 
 # transformers has a Doge of its own under the same model type; from here on the Auto classes give ours.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -27,13 +28,20 @@ class DogeConfig(PreTrainedConfig):
         mask_heads: heads that A and Wdt give scores for: G (None means that), or H in the first releases.
         max_position_embeddings: trained length; RoPE scaling of type ``dynamic`` starts beyond it.
         rope_parameters: transformers' RoPE parameters, such as ``{"rope_type": "default", "rope_theta": 10000.0}``.
-        is_moe, num_experts, num_experts_per_tok, norm_topk_prob, output_router_logits, router_aux_loss_coef:
-            the Cross Domain Mixture of Experts; a model with ``is_moe`` cannot be built yet.
+        is_moe: a Cross Domain Mixture of Experts beside the SwiGLU of every layer.
+        num_experts: experts N of a layer, a perfect square K².
+        num_experts_per_tok: experts k that a token is sent to.
+        norm_topk_prob: divide the weights of the k by their sum, which is 1 already.
+        output_router_logits: return the router's logits and the balance loss outside of training too.
+        router_aux_loss_coef: what the balance loss is multiplied by before the training loss takes it in.
+        router_per_token: whether the weights were made for routing by a token's own scores, which is how this model
+            always routes. False only as read from a file that does not say: transformers' Doge mixes tokens.
 
     Raises:
         ValueError: if sizes are not positive or do not divide, if ``mask_heads`` is neither G nor H, for a
             ``sliding_window`` (the window is ``keep_window_size``), or for a ``dynamic_mask_ratio`` other than 0 (the
-            first release then ranked future keys too, which no causal model can reproduce).
+            first release then ranked future keys too, which no causal model can reproduce). With ``is_moe``: if
+            ``num_experts`` is not a square, k is not between 1 and N, or ``hidden_act`` is not silu.
     """
 
     model_type = "doge"
@@ -68,6 +76,7 @@ class DogeConfig(PreTrainedConfig):
     norm_topk_prob: bool = False
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.001
+    router_per_token: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -86,6 +95,19 @@ class DogeConfig(PreTrainedConfig):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.mask_heads = self.mask_heads or self.num_key_value_heads
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' ``from_dict``, through which files are read: experts of a file that does not say how they are
+        routed were trained by code that mixes tokens."""
+        if config_dict.get("is_moe"):
+            config_dict = {"router_per_token": False, **config_dict}
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def num_keys(self) -> int:
+        """K = √N, the router's keys on each of its two axes."""
+        return math.isqrt(self.num_experts)
 
     @property
     def heads(self) -> tuple[int, int, int, int]:
@@ -111,3 +133,14 @@ class DogeConfig(PreTrainedConfig):
             raise ValueError(f"local_window is {self.local_window}, expected 0 or more")
         if self.sliding_window is not None:
             raise ValueError(f"sliding_window is {self.sliding_window}, expected null: keep_window_size is the window")
+        if self.is_moe:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        N, k, K = self.num_experts, self.num_experts_per_tok, max(math.isqrt(max(self.num_experts, 0)), 1)
+        if K * K != N:
+            raise ValueError(f"num_experts is {N}, expected a perfect square such as {K**2} or {(K + 1) ** 2}")
+        if not 1 <= k <= N:
+            raise ValueError(f"num_experts_per_tok is {k}, expected 1 to {N}, the number of experts")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected 'silu' with is_moe: experts have no other")

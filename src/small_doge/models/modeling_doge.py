@@ -6,7 +6,6 @@ M score heads, D head size.
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -15,18 +14,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+)
 
 from ..ops.dynamic_mask import dynamic_mask_attention
 from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
 from .cache import DynamicMaskCache
-from .checkpoints import FIRST_RELEASE_NAMES, HUB_OPTIONS, stored_shapes
+from .checkpoints import FIRST_RELEASE_NAMES, config_as_stored
 from .configuration_doge import DogeConfig
 from .generation import DogeGenerationMixin
 from .masks import Visibility, visibility
+from .moe import DogeCDMoE, DogeMLP, DogeMoEModelOutput
 from .rotary import grows_with_length, rotary_angles, rotate, rotate_to, text_length
 
 
@@ -34,6 +37,8 @@ class DogeRMSNorm(nn.RMSNorm):
     """x / √(mean(x²) + ε) · weight over the last dimension (arXiv:1910.07467), computed in at least float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype:  # PyTorch's own computes 16 bits in float32
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         compute = torch.promote_types(x.dtype, torch.float32)
         normed = F.rms_norm(x.to(compute), self.normalized_shape, self.weight.to(compute), self.eps)
         return normed.to(torch.promote_types(x.dtype, self.weight.dtype))
@@ -114,20 +119,6 @@ class DogeAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1)), weights
 
 
-class DogeMLP(nn.Module):
-    """SwiGLU: down(act(gate x) · up x)."""
-
-    def __init__(self, config: DogeConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DogeDecoderLayer(GradientCheckpointingLayer):
     """h ← r₁·h + attention(norm h);  h ← r₂·h + mlp(norm h), with learnable per-channel residual weights r₁, r₂."""
 
@@ -138,16 +129,31 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = DogeAttention(config, layer_idx)
         self.input_residual = nn.Parameter(torch.ones(config.hidden_size))
         self.post_attention_layernorm = DogeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = DogeMLP(config)
+        self.mlp = DogeCDMoE(config) if config.is_moe else DogeMLP(config)
         self.post_attention_residual = nn.Parameter(torch.ones(config.hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        counted: torch.Tensor | None = None,
+        balanced: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """(B, T, C) → (B, T, C), attention weights if asked for, and of experts the router's logits and balance loss.
+
+        ``counted`` and ``balanced`` are those of :class:`DogeCDMoE`, the rest is for :class:`DogeAttention`. All that
+        a layer finds out is returned, not kept: with gradient checkpointing it runs twice.
+        """
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         attended = F.dropout(attended, p=self.hidden_dropout, training=self.training)
         hidden_states = self.input_residual * hidden_states + attended
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        normed, router_logits, loss = self.post_attention_layernorm(hidden_states), None, None
+        if isinstance(self.mlp, DogeCDMoE):
+            transformed, router_logits, loss = self.mlp(normed, counted, balanced)
+        else:
+            transformed = self.mlp(normed)
         transformed = F.dropout(transformed, p=self.hidden_dropout, training=self.training)
-        return self.post_attention_residual * hidden_states + transformed, weights
+        return self.post_attention_residual * hidden_states + transformed, weights, router_logits, loss
 
 
 class DogePreTrainedModel(PreTrainedModel):
@@ -175,19 +181,11 @@ class DogePreTrainedModel(PreTrainedModel):
         """transformers' ``from_pretrained``, which also opens checkpoints of the first releases.
 
         Those have other tensor names, no q and k norm, and A and Wdt per query head. Names are translated, and
-        ``qk_norm`` and ``mask_heads`` are set from the shapes stored in the file, whatever its config says.
+        ``qk_norm`` and ``mask_heads`` are set from the shapes stored in the file, whatever its config says. Experts
+        that published code trained are opened with a warning, see ``router_per_token`` of :class:`DogeConfig`.
         """
-        shapes = stored_shapes(pretrained_model_name_or_path, kwargs)
-        if shapes:
-            config = kwargs.pop("config", None)
-            if not isinstance(config, DogeConfig):
-                hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-                config = DogeConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
-            config = copy.deepcopy(config)
-            A = [shape for name, shape in shapes.items() if name.endswith("self_attn.A")]
-            if A:
-                config.mask_heads = A[0][0]
-                config.qk_norm = any(name.endswith("self_attn.q_norm.weight") for name in shapes)
+        config = config_as_stored(pretrained_model_name_or_path, kwargs)
+        if config is not None:
             kwargs["config"] = config
             kwargs.setdefault("key_mapping", FIRST_RELEASE_NAMES)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -198,10 +196,6 @@ class DogeModel(DogePreTrainedModel):
 
     def __init__(self, config: DogeConfig):
         super().__init__(config)
-        if config.is_moe:
-            raise NotImplementedError(
-                "is_moe is true, expected false: the Cross Domain Mixture of Experts is not part of this version"
-            )
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -220,9 +214,10 @@ class DogeModel(DogePreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple:
+    ) -> BaseModelOutputWithPast | DogeMoEModelOutput | tuple:
         """Run the decoder.
 
         Args:
@@ -233,6 +228,8 @@ class DogeModel(DogePreTrainedModel):
                 the other.
             past_key_values: ``DynamicMaskCache``, of constant size, which is also made where none is given; or a
                 cache that grows, such as ``DynamicCache``, with the same output.
+            output_router_logits: of a model with experts, return each layer's logits (B·T, 2K), and in ``aux_loss`` how
+                unevenly the experts are used (1: evenly), which is there in training anyway. Padding does not count.
 
         Raises:
             ValueError: for both or neither of ids and embeddings, an attention mask of another shape or with other
@@ -270,11 +267,16 @@ class DogeModel(DogePreTrainedModel):
 
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states, all_hidden, all_weights = inputs_embeds, [], []
+        output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        balanced = config.is_moe and bool(self.training or output_router_logits)
+        hidden_states = inputs_embeds
+        all_hidden, all_weights, all_router_logits, losses = [], [], [], []
         for layer in self.layers:
             all_hidden.append(hidden_states) if output_hidden_states else None
-            hidden_states, weights = layer(
+            hidden_states, weights, router_logits, loss = layer(
                 hidden_states,
+                counted=None if visible.key_mask is None else visible.key_mask[:, -T:],
+                balanced=balanced,
                 q_angles=q_angles,
                 k_angles=k_angles,
                 positions=position_ids,
@@ -284,15 +286,21 @@ class DogeModel(DogePreTrainedModel):
                 output_attentions=bool(output_attentions),
             )
             all_weights.append(weights) if output_attentions else None
+            all_router_logits.append(router_logits) if output_router_logits else None
+            losses.append(loss)
         hidden_states = self.norm(hidden_states)
         all_hidden.append(hidden_states) if output_hidden_states else None
 
-        output = BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
-            hidden_states=tuple(all_hidden) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
-        )
+        found: dict[str, Any] = {
+            "last_hidden_state": hidden_states,
+            "past_key_values": past_key_values,
+            "hidden_states": tuple(all_hidden) if output_hidden_states else None,
+            "attentions": tuple(all_weights) if output_attentions else None,
+        }
+        if config.is_moe:
+            found["router_logits"] = tuple(all_router_logits) if output_router_logits else None
+            found["aux_loss"] = torch.stack(losses).mean() if balanced else None
+        output = DogeMoEModelOutput(**found) if config.is_moe else BaseModelOutputWithPast(**found)
         return output.to_tuple() if return_dict is False else output
 
 
@@ -321,12 +329,15 @@ class DogeForCausalLM(DogePreTrainedModel, DogeGenerationMixin):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | tuple:
         """As :meth:`DogeModel.forward`, and logits (B, T', vocab), T' being T or what ``logits_to_keep`` asks for.
+
+        In training, and only there, the loss of a model with experts has ``router_aux_loss_coef`` · ``aux_loss`` in it.
 
         Args:
             labels: (B, T) int64; the loss at t is that of labels[t + 1], and −100 marks what carries none. The mean
@@ -343,6 +354,7 @@ class DogeForCausalLM(DogePreTrainedModel, DogeGenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None
@@ -352,14 +364,23 @@ class DogeForCausalLM(DogePreTrainedModel, DogeGenerationMixin):
             logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
         if labels is not None and logits is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        if labels is not None and loss is not None and self.training and self.config.is_moe:
+            loss = loss + self._balance_term(outputs.aux_loss, labels, kwargs.get("num_items_in_batch"))
+        found = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        kind = MoeCausalLMOutputWithPast if self.config.is_moe else CausalLMOutputWithPast
+        output = kind(loss=loss, logits=logits, **found)
         return output.to_tuple() if return_dict is False else output
+
+    def _balance_term(
+        self, aux_loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """What the training loss takes in of the balance loss.
+
+        Where micro-batches add up to one step, each counts by its share of the step's labelled tokens, as its
+        cross-entropy does, so that the step sees their mean and not their sum.
+        """
+        share = 1.0 if num_items is None else (labels[:, 1:] != IGNORED).sum() / num_items
+        return self.config.router_aux_loss_coef * share * aux_loss
 
     def _loss_in_chunks(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None

@@ -17,12 +17,21 @@ _PUBLISHED = {
 _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 SIZES: dict[str, dict[str, Any]] = {name: dict(zip(_FIELDS, row, strict=True)) for name, row in _PUBLISHED.items()}
+# A dense size, experts N of a layer, experts k of a token, under the published names.
+_EXPERTS = {
+    "40m-moe": ("20m", 1024, 8),
+    "180m-moe": ("60m", 4096, 16),
+    "600m-moe": ("160m", 9216, 24),
+    "1.6b-moe": ("320m", 16384, 32),
+}
+for _name, (_dense, _N, _k) in _EXPERTS.items():
+    SIZES[_name] = SIZES[_dense] | {"is_moe": True, "num_experts": _N, "num_experts_per_tok": _k}
 # Two CPU cores train it on a few million tokens in minutes.
 SIZES["tiny"] = dict(zip(_FIELDS, (192, 512, 4, 4, 2), strict=True)) | {"max_position_embeddings": 256}
 
 
 def config_for(size: str, **overrides: Any) -> DogeConfig:
-    """The configuration of a size (`tiny`, `20m`, `60m`, `160m`, `320m`), embeddings tied, with fields overridden.
+    """The configuration of a size such as `tiny`, `320m` or `1.6b-moe`, embeddings tied, with fields overridden.
 
     Raises:
         UserError: if there is no such size.

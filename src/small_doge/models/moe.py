@@ -1,0 +1,72 @@
+"""What follows attention in a layer: a SwiGLU, or a SwiGLU beside the experts that a token is sent to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from ..ops.product_key import balance, experts, route
+from .configuration_doge import DogeConfig
+
+
+@dataclass
+class DogeMoEModelOutput(MoeModelOutputWithPast):
+    """transformers' output of a model with experts, and ``aux_loss``, the mean of the layers' balance losses."""
+
+    aux_loss: torch.Tensor | None = None
+
+
+class DogeMLP(nn.Module):
+    """SwiGLU: down(act(gate x) · up x)."""
+
+    def __init__(self, config: DogeConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DogeCDMoE(DogeMLP):
+    """Cross Domain Mixture of Experts: the SwiGLU for every token, and k of N experts of one hidden unit each.
+
+    With r = Wr x, K = √N keys on an axis and S[a, b] = r[a] + r[K + b] the score of expert e = a·K + b::
+
+        out = SwiGLU(x) + Σ_e p_e · silu(x · down_embed[e]) · up_embed[e]
+
+    over the k experts with the largest scores, p being the softmax of these. A token is routed by its own scores in a
+    call of any shape. transformers' Doge reads r as (2, tokens, K) and so pairs scores of different tokens; for a
+    single token the two agree, and so do the names and shapes of the tensors.
+    """
+
+    def __init__(self, config: DogeConfig):
+        super().__init__(config)
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.router_gate = nn.Linear(config.hidden_size, 2 * config.num_keys, bias=False)
+        self.down_embed = nn.Embedding(config.num_experts, config.hidden_size)
+        self.up_embed = nn.Embedding(config.num_experts, config.hidden_size)
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, counted: torch.Tensor | None = None, balanced: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(B, T, C) → (B, T, C), the router's logits (B·T, 2K), and if ``balanced`` the balance loss, a scalar.
+
+        Args:
+            counted: (B, T) bool, False for tokens that the balance loss passes over.
+        """
+        tokens = x.flatten(0, 1)
+        logits = self.router_gate(tokens)
+        weights, indices = route(logits, self.num_experts_per_tok, self.norm_topk_prob)
+        routed = experts(tokens, self.down_embed.weight, self.up_embed.weight, indices, weights)
+        loss = None
+        if balanced:
+            loss, _ = balance(logits, indices, None if counted is None else counted.flatten())
+        return super().forward(x) + routed.view_as(x), logits, loss
