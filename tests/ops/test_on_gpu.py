@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from small_doge.models import DogeForCausalLM, config_for
-from small_doge.ops.dynamic_mask import FORCE, eviction_times, folded, reference, sparse, visible_keys
+from small_doge.ops.dynamic_mask import FORCE, decode, eviction_times, folded, reference, sparse, visible_keys
+from small_doge.ops.dynamic_mask.decode import replace_worst
 from small_doge.ops.linear_cross_entropy import linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -92,6 +93,25 @@ def test_sparse_gives_the_same_bits_where_it_says_so():
         dqs += torch.autograd.grad(out.float().square().sum(), leaf)
     assert all(torch.equal(outs[0], x) for x in outs)
     assert all(torch.equal(dqs[0], x) for x in dqs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("B", "H", "M", "N", "D"), [(1, 1, 1, 1, 16), (2, 4, 2, 300, 80), (1, 8, 4, 2048, 128)])
+def test_one_token_over_a_bounded_cache(B, H, M, N, D):
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(B, h, n, D, generator=g, device="cuda").bfloat16() for h, n in ((H, 1), (M, N), (M, N)))
+    s = torch.rand(B, M, N, generator=g, device="cuda") * 3
+    poison()
+    got = decode(q, k, v, s)
+    exact = reference(*(x.double() for x in (q, k, v, s)), N)[0]
+    assert relative_error(got, exact) < 1e-2
+    ranks = torch.rand(B, M, N, generator=g, device="cuda").argsort(-1) * 5
+    held, other = [k, v, s, ranks], [x.cpu() for x in (k, v, s, ranks)]
+    for rank in (-1, 7, 5 * N + 1):
+        new = [x[:, :, -1:].clone() + 1 for x in (k, v, s)] + [torch.full((B, M, 1), rank, device="cuda")]
+        replace_worst(held, new)
+        replace_worst(other, [x.cpu() for x in new])
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(held, other, strict=True))
 
 
 def test_chunked_loss_under_autocast():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ..ops.dynamic_mask.decode import replace_worst
 from ..ops.dynamic_mask.window import grid
 
 # A key's rank is its score's place on the grid · ARRIVALS + the number of its arrival: the order of
@@ -73,6 +74,11 @@ def _for_each_channel(slots: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return slots if x.dim() == 3 else slots[..., None].expand(*slots.shape, x.shape[-1])
 
 
+def _writable(x: torch.Tensor) -> bool:
+    """What was made in inference mode cannot be written outside it; compiled code can neither ask nor be in it."""
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference()
+
+
 class DynamicMaskLayer(CacheLayerMixin):
     """What ``DynamicMaskCache`` holds of one layer.
 
@@ -94,6 +100,7 @@ class DynamicMaskLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Hold nothing."""
         self.seen = 0
+        self.clock: torch.Tensor | None = None
         self.padded = False  # whether any token was said to be padding
         self._hold(None)
 
@@ -141,10 +148,23 @@ class DynamicMaskLayer(CacheLayerMixin):
         if key_mask is not None:
             self.padded = True
             places = places.masked_fill(~key_mask[:, None, -T:], 0)
-        ranks = places * ARRIVALS + torch.arange(self.seen, self.seen + T, device=s.device)
+        ranks = places * ARRIVALS + self._now(s.device)
+        if T > 1:
+            ranks = ranks + torch.arange(T, device=s.device)
         if positions is None:
             return Keys((k, v, s, ranks))
         return Keys((k, v, s, ranks, positions[:, None].expand(B, M, T)))
+
+    def _now(self, device: torch.device) -> torch.Tensor:
+        """``seen`` on the device, int64: a captured CUDA graph counts on there, while Python's number stands still."""
+        if self.clock is None or self.clock.device != device or not _writable(self.clock):
+            self.clock = torch.full((), self.seen, device=device)
+        return self.clock
+
+    def _tick(self, T: int) -> None:
+        self.seen += T
+        if self.clock is not None:
+            self.clock.add_(T)
 
     def step(self, new: Keys) -> Keys:
         """Take one new key; returns the slots. No synchronisation with the host, and nothing is copied."""
@@ -152,7 +172,7 @@ class DynamicMaskLayer(CacheLayerMixin):
             self._append(new.detach())
         else:
             self._replace(new.detach())
-        self.seen += 1
+        self._tick(1)
         return self.held
 
     def extend(self, new: Keys) -> Keys:
@@ -167,8 +187,8 @@ class DynamicMaskLayer(CacheLayerMixin):
         if self.seen + T <= self.size:
             self._append(new.detach())
         else:
-            self._keep_best(together.detach(), self.seen + T)
-        self.seen += T
+            self._keep_best(together.detach(), T)
+        self._tick(T)
         return together
 
     def visible(self) -> torch.Tensor | None:
@@ -176,18 +196,18 @@ class DynamicMaskLayer(CacheLayerMixin):
         held, visible = self.held, None
         if self.local_window and held.ranks.shape[-1] > self.window:
             worst_of_window = held.ranks.topk(self.window, dim=-1).values[..., -1:]
-            visible = (held.ranks >= worst_of_window) | (held.arrivals >= self.seen - self.local_window)
+            visible = (held.ranks >= worst_of_window) | (held.arrivals >= self._now(held.s.device) - self.local_window)
         if self.padded:
             # The newest sees itself even if it is padding, so that its softmax is defined.
-            real = (held.ranks >= ARRIVALS) | (held.arrivals == self.seen - 1)
+            real = (held.ranks >= ARRIVALS) | (held.arrivals == self._now(held.s.device) - 1)
             visible = real if visible is None else visible & real
         return visible
 
-    def _order(self, keys: Keys, seen: int) -> torch.Tensor:
-        """(B, M, N): the key that is smallest here goes first when ``seen`` tokens have come."""
+    def _order(self, keys: Keys, T: int) -> torch.Tensor:
+        """(B, M, N): the key that is smallest here goes first when T more tokens have come."""
         if not self.local_window:
             return keys.ranks
-        return keys.ranks + RECENT * (keys.arrivals >= seen - self.local_window)
+        return keys.ranks + RECENT * (keys.arrivals >= self._now(keys.s.device) + T - self.local_window)
 
     def _reserve(self, room: int, new: Keys) -> Keys:
         """Slots for ``room`` keys that can be written in place, in dtypes that hold the old keys and the new."""
@@ -197,9 +217,7 @@ class DynamicMaskLayer(CacheLayerMixin):
             return self._reserve(room, new)
         held = old.s.shape[2]
         dtypes = [torch.promote_types(a.dtype, b.dtype) for a, b in zip(old, new, strict=True)]
-        # Slots made in inference mode cannot be written outside it; compiled code can neither ask nor be in that state.
-        writable = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not old.k.is_inference()
-        if held >= room and writable and dtypes == [x.dtype for x in old]:
+        if held >= room and _writable(old.k) and dtypes == [x.dtype for x in old]:
             return old
         N = held if held >= room else min(max(room, 2 * held), self.size)  # doubling: a token costs O(1) copies
         larger = Keys([x.new_zeros(*x.shape[:2], N, *x.shape[3:], dtype=d) for x, d in zip(old, dtypes, strict=True)])
@@ -216,16 +234,14 @@ class DynamicMaskLayer(CacheLayerMixin):
     def _replace(self, new: Keys) -> None:
         """Put one key in the slot of the worst, unless it is itself the worst."""
         slots = self._reserve(self.size, new)
-        worst = self._order(slots, self.seen + 1).argmin(dim=-1, keepdim=True)  # (B, M, 1)
-        enters = new.ranks > slots.ranks.gather(-1, worst) if not self.local_window else None
+        if not self.local_window:
+            return replace_worst(slots, new)
+        worst = self._order(slots, 1).argmin(dim=-1, keepdim=True)  # (B, M, 1); the new key is recent and enters
         for old, x in zip(slots, new, strict=True):
-            index, x = _for_each_channel(worst, old), x.to(old.dtype)
-            if enters is not None:
-                x = torch.where(enters if x.dim() == 3 else enters[..., None], x, old.gather(2, index))
-            old.scatter_(2, index, x)
+            old.scatter_(2, _for_each_channel(worst, old), x.to(old.dtype))
 
-    def _keep_best(self, together: Keys, seen: int) -> None:
-        best = self._order(together, seen).topk(self.size, dim=-1, sorted=False).indices
+    def _keep_best(self, together: Keys, T: int) -> None:
+        best = self._order(together, T).topk(self.size, dim=-1, sorted=False).indices
         self._hold(together.pick(best.sort(dim=-1).values))
 
     @property
@@ -250,6 +266,7 @@ class DynamicMaskLayer(CacheLayerMixin):
                 "all, a model with a larger keep_window_size, or DynamicCache, which drops nothing"
             )
         self.seen = max(0, self.seen + tokens_to_remove)
+        self.clock = None
 
     def _change_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.slots is not None:

@@ -29,7 +29,7 @@ def folded(
 ) -> torch.Tensor:
     """See :func:`small_doge.ops.dynamic_mask.dynamic_mask_attention`; (B, H, Tq, D) out, for Tk no larger than w."""
     (_, H, Tq, D), Tk = q.shape, k.shape[2]
-    if s.shape[1] == H:  # a score of its own for every query head: keys differ between the heads of a group
+    if s.shape[1] != k.shape[1]:  # a score of its own for every query head: keys differ between the heads of a group
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
 
     if torch.is_autocast_enabled(q.device.type):

@@ -20,9 +20,9 @@ def grid(s: torch.Tensor) -> torch.Tensor:
     token's score differs in its last bits (some 1e-6) between a batched and a one-row matrix product, and a tie decided
     by such noise would make cached generation differ from the full pass; a step of 2e-4 in a bias decides nothing.
     """
-    bits = (s.float() + 0.0).view(torch.int32).long()  # + 0.0 makes −0 and 0 the same number
-    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)  # negative floats order backwards by their bits
-    return ((ordered + (1 << 10)) >> 11) + (1 << 20)  # round away the last 11 of 23 mantissa bits; make it positive
+    bits = (s.float() + 0.0).view(torch.int32)  # + 0.0 makes −0 and 0 the same number
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats order backwards by their bits
+    return (ordered.long() + ((1 << 31) + (1 << 10))) >> 11  # round away the last 11 of 23 mantissa bits; positive
 
 
 def ranks(s: torch.Tensor) -> torch.Tensor:
