@@ -112,18 +112,11 @@ def parts(layer: Any, x: torch.Tensor, do: torch.Tensor, k: int) -> dict[str, Ca
         "retrieval backward": lambda: fused._retrieve_backward(scores, indices, logits),
         "sort": lambda: fused.sort_pairs(indices, E),
     }
-    _, h = fused._forward(tokens, down, up, indices, weights, False)
-
-    def forward(dense: bool) -> Callable[[], object]:
-        return lambda: fused._forward(tokens, down, up, indices, weights, dense)
-
-    def backward(dense: bool, tables: bool) -> Callable[[], object]:
-        return lambda: fused._backward(do, tokens, down, up, indices, weights, h, dense, tables)
-
-    steps |= {"experts forward": forward(False), "experts backward": backward(False, True)}
-    steps["experts backward, tokens"] = backward(False, False)
-    if E <= 4096:
-        steps |= {"dense experts forward": forward(True), "dense experts backward": backward(True, True)}
+    _, h = fused._forward(tokens, down, up, indices, weights)
+    backward = (do, tokens, down, up, indices, weights, h)
+    steps["experts forward"] = lambda: fused._forward(tokens, down, up, indices, weights)
+    steps["experts backward"] = lambda: fused._backward(*backward, True)
+    steps["experts backward, tokens"] = lambda: fused._backward(*backward, False)
     return steps
 
 
@@ -251,25 +244,15 @@ def report(rows: list[Row]) -> None:
 
 # Choices that --tune times for each field of fused.Tiles.
 CHOICES: dict[str, list[Any]] = {
-    "both": [
+    "tokens": [
         *((1024, 1, 1), (2048, 1, 1), (2048, 2, 1), (4096, 4, 1), (8192, 4, 1)),
         *((1024, 1, 3), (2048, 1, 3), (2048, 2, 3), (2048, 2, 4), (4096, 4, 3)),
     ],
-    "dot": [
-        *((1024, 1, 1), (2048, 1, 1), (2048, 2, 1), (4096, 4, 1)),
-        *((1024, 1, 3), (2048, 1, 3), (2048, 2, 3), (2048, 2, 4), (4096, 4, 3)),
-    ],
-    "sum": [
-        *((1024, 1, 1), (2048, 1, 1), (2048, 2, 1), (4096, 2, 1), (4096, 4, 1)),
-        *((1024, 1, 3), (2048, 1, 3), (2048, 2, 3), (2048, 2, 4), (4096, 4, 3)),
-    ],
-    "cached": [0.15, 0.3, 0.4, 0.6, 1.0],
     "experts": [
         *((16, 256, 4, 1), (8, 256, 4, 1), (8, 256, 2, 1), (4, 256, 1, 1), (16, 128, 2, 1), (8, 512, 4, 1)),
         *((8, 256, 4, 3), (8, 256, 2, 3), (4, 256, 2, 4), (4, 256, 1, 4), (8, 128, 2, 3), (16, 128, 4, 3)),
     ],
     "retrieve": [1, 2, 4],
-    "dense": [0, 1 << 30],
 }
 Try = tuple[Size, str, Any, Callable[[], object]]
 
@@ -280,13 +263,6 @@ def both_ways(forward: tuple[Any, ...], backward: tuple[Any, ...]) -> None:
     fused._tokens(*backward, backward=True)
 
 
-def all_of_it(inputs: tuple[Any, ...], do: torch.Tensor) -> None:
-    """The experts forward and backward, on the path that the tiles say."""
-    dense = inputs[1].shape[0] <= fused.HOPPER.dense
-    fused._forward(*inputs[:5], dense)
-    fused._backward(do, *inputs, dense, True)
-
-
 def tries(sizes: list[Size], device: torch.device, tokens: int) -> Iterator[Try]:
     """Every choice at every size, and what to launch with it; `tokens` forward and backward."""
     for size in sizes:
@@ -294,28 +270,23 @@ def tries(sizes: list[Size], device: torch.device, tokens: int) -> Iterator[Try]
         x = torch.randn(tokens, size.C, device=device, dtype=torch.bfloat16)
         do, down, up = torch.randn_like(x), layer.down_embed.weight.detach(), layer.up_embed.weight.detach()
         logits, weights, indices = routing(layer, x[None], size.k)
-        _, h = fused._forward(x, down, up, indices, weights, False)
+        _, h = fused._forward(x, down, up, indices, weights)
         made = tuple(torch.rand_like(h) for _ in range(3))
         out, ddown, dup = torch.empty_like(x), torch.empty_like(down), torch.empty_like(up)
-        pairs = fused.sort_pairs(indices, size.E)
         forward = (x, down, up, indices, weights, h, made, out)
         backward = (do, up, down, indices, weights, h, made, out)
-        tables = (x, do, *made[:2], *pairs, ddown, dup)
-        launches = {"experts": partial(fused.sum_pairs, *tables), "retrieve": partial(fused._retrieve, logits, size.k)}
-        launches["dense"] = partial(all_of_it, forward[:6], do)
-        for name, choices in CHOICES.items():
-            launch = launches.get(name, partial(both_ways, forward, backward))
-            for choice in choices:
-                if name != "dense" or size.E <= 4096:
-                    yield size, name, choice, launch
+        tables = (x, do, *made[:2], *fused.sort_pairs(indices, size.E), ddown, dup)
+        launches = {
+            "tokens": partial(both_ways, forward, backward),
+            "experts": partial(fused.sum_pairs, *tables),
+            "retrieve": partial(fused._retrieve, logits, size.k),
+        }
+        yield from ((size, name, choice, launches[name]) for name, choices in CHOICES.items() for choice in choices)
 
 
 def with_tiles(name: str, choice: Any, base: Any) -> None:
-    """Set one field; `both` is timed as one launch, `dot`, `sum` and `cached` as two."""
-    fields = {name: choice}
-    if name in ("both", "dot", "sum", "cached"):
-        fields["joined"] = 1e9 if name == "both" else 0.0
-    fused.HOPPER = fused.OTHERS = base._replace(**fields)
+    """Set one field."""
+    fused.HOPPER = fused.OTHERS = base._replace(**{name: choice})
 
 
 def tune(args: argparse.Namespace, sizes: list[Size], device: torch.device, output: Path) -> None:

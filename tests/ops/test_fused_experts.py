@@ -63,11 +63,11 @@ def leaves_of(N, C, E, k, kind, dtype=torch.float32, device="cpu"):
     return leaves, picks(kind, N, E, k, g).to(device), torch.randn(N, C, generator=g).to(device, dtype)
 
 
-def compare(leaves, indices, do, tolerance, dense):
+def compare(leaves, indices, do, tolerance):
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = brute_force(*exact[:3], indices, exact[3])
     expected_gradients = torch.autograd.grad(expected, exact, do.double())
-    got = fused.fused_experts(*leaves[:3], indices, leaves[3], dense)
+    got = fused.fused_experts(*leaves[:3], indices, leaves[3])
     gradients = torch.autograd.grad(got, leaves, do)
     assert got.dtype == leaves[0].dtype
     assert relative_error(got, expected) < tolerance
@@ -81,15 +81,6 @@ def compare(leaves, indices, do, tolerance, dense):
     assert not gradients[2][unused].any()
 
 
-PATHS = {  # what the tiles say, and whether all experts are multiplied with
-    "one launch": ({}, False),
-    "two launches": ({"joined": 0.0}, False),
-    "slices": (
-        {"joined": 0.0, "cached": 1e-9, "dot": (256, 1, 2), "sum": (512, 1, 1), "experts": (4, 64, 1, 3)},
-        False,
-    ),
-    "dense": ({}, True),
-}
 CASES = [  # N, C, E, k, experts
     (1, 16, 4, 1, "different"),
     (2, 16, 9, 8, "different"),
@@ -101,20 +92,18 @@ CASES = [  # N, C, E, k, experts
 
 
 @interpreted
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("tiles", [{}, {"tokens": (256, 1, 2), "experts": (4, 64, 1, 3)}], ids=["usual", "small tiles"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_equal_brute_force(monkeypatch, case, path):
-    tiles, dense = PATHS[path]
+def test_kernels_equal_brute_force(monkeypatch, case, tiles):
     monkeypatch.setattr(fused, "OTHERS", fused.OTHERS._replace(**tiles))
     monkeypatch.setattr(fused, "LENGTH", 4)  # experts of more pairs than that are summed in parts
-    compare(*leaves_of(*case), 1e-5, dense)
+    compare(*leaves_of(*case), 1e-5)
 
 
 @interpreted
-@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernels_in_16_bits(dtype, dense):
-    compare(*leaves_of(17, 80, 64, 8, "different", dtype), 1e-2, dense)
+def test_kernels_in_16_bits(dtype):
+    compare(*leaves_of(17, 80, 64, 8, "different", dtype), 1e-2)
 
 
 @interpreted
@@ -123,25 +112,24 @@ def test_crowded_experts_in_parts_of_any_length(monkeypatch, length):
     monkeypatch.setattr(fused, "LENGTH", length)
     leaves, indices, do = leaves_of(17, 16, 9, 2, "same")
     indices[::3, 0] = 4
-    compare(leaves, indices, do, 1e-5, False)
+    compare(leaves, indices, do, 1e-5)
 
 
 @interpreted
 def test_tables_in_another_dtype_and_inputs_with_strides():
     leaves, indices, do = leaves_of(5, 32, 9, 4, "different")
     leaves[0] = leaves[0].detach().T.contiguous().T.requires_grad_()
-    compare(leaves, indices.T.contiguous().T, do[:1].expand(5, -1), 1e-5, False)
+    compare(leaves, indices.T.contiguous().T, do[:1].expand(5, -1), 1e-5)
     leaves[0] = leaves[0].detach().bfloat16().requires_grad_()
-    compare(leaves, indices, do.bfloat16(), 1e-2, False)
+    compare(leaves, indices, do.bfloat16(), 1e-2)
 
 
 @interpreted
-@pytest.mark.parametrize("dense", [False, True])
-def test_gradients_that_nobody_asks_for_are_not_computed(monkeypatch, dense):
+def test_gradients_that_nobody_asks_for_are_not_computed(monkeypatch):
     (x, down, up, weights), indices, do = leaves_of(5, 16, 9, 2, "different")
-    expected = torch.autograd.grad(fused.fused_experts(x, down, up, indices, weights, dense), (x, weights), do)
+    expected = torch.autograd.grad(fused.fused_experts(x, down, up, indices, weights), (x, weights), do)
     monkeypatch.setattr(fused, "sort_pairs", None)
-    out = fused.fused_experts(x, down.detach(), up.detach(), indices, weights, dense)
+    out = fused.fused_experts(x, down.detach(), up.detach(), indices, weights)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out, (x, weights), do), expected, strict=True))
 
 
@@ -204,16 +192,15 @@ def test_not_a_number_keeps_the_indices_in_range():
 
 
 @interpreted
-@pytest.mark.parametrize("dense", [False, True])
-def test_the_operators_keep_what_torch_compile_relies_on(dense):
+def test_the_operators_keep_what_torch_compile_relies_on():
     """Shapes, strides and dtypes of the fake operators are those of the kernels, and the gradient is registered."""
     (x, down, up, weights), indices, do = leaves_of(3, 16, 9, 2, "different")
     forward = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(fused._forward, (x, down, up, indices, weights, dense), test_utils=forward)
+    torch.library.opcheck(fused._forward, (x, down, up, indices, weights), test_utils=forward)
     x, down, up, weights = (leaf.detach() for leaf in (x, down, up, weights))
-    _, h = fused._forward(x, down, up, indices, weights, dense)
+    _, h = fused._forward(x, down, up, indices, weights)
     for tables in (True, False):
-        inputs = (do, x, down, up, indices, weights, h, dense, tables)
+        inputs = (do, x, down, up, indices, weights, h, tables)
         torch.library.opcheck(fused._backward, inputs, test_utils=forward[:2])
     logits = torch.randn(3, 6, requires_grad=True)
     torch.library.opcheck(fused._retrieve, (logits, 2), test_utils=forward)
@@ -221,9 +208,9 @@ def test_the_operators_keep_what_torch_compile_relies_on(dense):
     torch.library.opcheck(fused._retrieve_backward, (scores, indices, logits.detach()), test_utils=forward[:2])
 
 
-def layer(x, router, down, up, k, dense=False):
+def layer(x, router, down, up, k):
     scores, indices = fused.fused_retrieve(x @ router, k)
-    return fused.fused_experts(x, down, up, indices, scores.softmax(-1), dense)
+    return fused.fused_experts(x, down, up, indices, scores.softmax(-1))
 
 
 @interpreted
@@ -252,16 +239,12 @@ def test_kernels_fit_a_gpu_without_spilling_registers():
 
 
 @on_gpu
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("case", [*CASES, (1000, 256, 1024, 8, "different"), (4096, 768, 2304, 24, "any"),
                                   (3000, 1024, 64, 32, "same")], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_kernels_on_a_gpu(monkeypatch, case, path, dtype, tolerance):
-    tiles, dense = PATHS[path]
-    for name in ("HOPPER", "OTHERS"):
-        monkeypatch.setattr(fused, name, getattr(fused, name)._replace(**tiles))
+def test_kernels_on_a_gpu(monkeypatch, case, dtype, tolerance):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    compare(*leaves_of(*case, dtype=dtype, device="cuda"), tolerance, dense)
+    compare(*leaves_of(*case, dtype=dtype, device="cuda"), tolerance)
 
 
 @on_gpu
@@ -282,22 +265,21 @@ def test_retrieval_on_a_gpu(K, k, dtype):
 
 
 @on_gpu
-@pytest.mark.parametrize("dense", [False, True])
-def test_compiled_on_a_gpu_with_the_same_bits_every_time(dense):
+def test_compiled_on_a_gpu_with_the_same_bits_every_time():
     (x, down, up, _), _, do = leaves_of(2000, 256, 1024, 8, "different", torch.bfloat16, "cuda")
     router = torch.randn(256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     leaves = (x, router, down, up)
     compiled = torch.compile(layer, fullgraph=True)
     results = []
     for function in (compiled, compiled, layer, layer):
-        out = function(*leaves, 8, dense)
+        out = function(*leaves, 8)
         results.append([out, *torch.autograd.grad(out, leaves, do)])
     for first, second in (results[:2], results[2:]):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(relative_error(a, b) < 1e-2 for a, b in zip(results[0], results[2], strict=True))
 
 
-KERNELS = ("tokens", "starts", "crowded", "experts", "spread", "retrieve", "retrieve_backward")
+KERNELS = ("tokens", "starts", "crowded", "experts", "retrieve", "retrieve_backward")
 
 
 def main(capability):
@@ -306,7 +288,7 @@ def main(capability):
     kernels = importlib.import_module("small_doge.ops.product_key.triton_experts")
     tiles = fused.HOPPER if capability == 90 else fused.OTHERS
     types = dict.fromkeys("v first second out do x ddown dup logits dlogits".split(), "*bf16")
-    types |= dict.fromkeys("weights dots h a dh dweights parts scores dscores".split(), "*fp32")
+    types |= dict.fromkeys("weights h a dh dweights parts scores dscores".split(), "*fp32")
     types |= dict.fromkeys(("indices", "order"), "*i64") | {"keys": "*i16", "starts": "*i32", "pairs": "*i32"}
 
     def take(name, constants, warps=4, **more):
@@ -316,23 +298,12 @@ def main(capability):
     for C, E, k in SIZES:
         K, WIDE = int(E**0.5), fused._power(k)
         size = f"{C} {E} {k}"
-        for name, (elements, warps, stages) in (("both", tiles.both), ("dot", tiles.dot), ("sum", tiles.sum)):
-            block = min(fused._power(C), elements // WIDE)
-            constants = {
-                "C": C,
-                "SLOTS": k,
-                "WIDE": WIDE,
-                "BLOCK_C": block,
-                "SLICE": -(-C // block) * block,
-                "PARTS": 1,
-            }
-            constants |= {"STAGES": stages, "DOT": name != "sum", "SUM": name != "dot", "BACKWARD": True}
-            found[f"tokens {name} {size}"] = take("tokens", constants, warps)
+        elements, warps, stages = tiles.tokens
+        constants = {"C": C, "SLOTS": k, "WIDE": WIDE, "BLOCK_C": min(fused._power(C), elements // WIDE)}
+        found[f"tokens {size}"] = take("tokens", constants | {"STAGES": stages, "BACKWARD": True}, warps)
         rows, columns, warps, stages = tiles.experts
         constants = {"C": C, "SLOTS": k, "LENGTH": fused.LENGTH, "ROWS": rows, "BLOCK_C": columns, "STAGES": stages}
         found |= {f"{name} {size}": take(name, constants, warps) for name in ("crowded", "experts")}
-        constants = {"SLOTS": k, "WIDE": WIDE, "BLOCK_E": 4096 // WIDE, "BACKWARD": True}
-        found[f"spread {size}"] = take("spread", constants, a="*bf16", dh="*bf16", dots="*bf16")
         lanes = len(fused._pairs_of_ranks(K, k, torch.device("cpu")))
         constants = {"SLOTS": k, "WIDE": WIDE, "KEYS": fused._power(K)}
         found[f"retrieve_backward {size}"] = take("retrieve_backward", constants, 1)

@@ -2,11 +2,8 @@
 
 Here is what calls the kernels: sizes of tiles, allocation, and operators that torch.compile takes as they are.
 
-The rows that tokens look up are read from the L2 cache several times as fast as from memory, so where the tables do not
-fit into it they are passed over a slice of their columns at a time. The gradients of the tables are summed expert by
-expert over the pairs of token and slot sorted by expert: no atomics, the same inputs give the same bits.
-
-With few experts, matrix products with all of them cost less than looking up some: the path ``dense``.
+The gradients of the tables are summed expert by expert over the pairs of token and slot sorted by expert: no atomics,
+the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -22,19 +19,12 @@ from .. import gpu
 class Tiles(NamedTuple):
     """What the launches of one kind of GPU look like."""
 
-    # Of `tokens` with both passes, with the first, with the second: rows (the slots) times columns of a tile, warps a
-    # program, and pipeline stages, one meaning registers only.
-    both: tuple[int, int, int] = (2048, 2, 1)
-    dot: tuple[int, int, int] = (2048, 2, 1)
-    sum: tuple[int, int, int] = (2048, 1, 1)
-    experts: tuple[int, int, int, int] = (16, 256, 4, 1)  # pairs, columns, warps, stages; of `crowded` too
+    tokens: tuple[int, int, int] = (2048, 1, 3)  # rows (the slots) times columns, warps, pipeline stages
+    experts: tuple[int, int, int, int] = (4, 256, 1, 1)  # pairs, columns, warps, stages; of `crowded` too
     retrieve: int = 2  # tokens a program
-    joined: float = 0.4  # of the L2 cache, what both tables may take for both passes to be one launch
-    cached: float = 0.4  # of the L2 cache, what a slice of one table may take
-    dense: int = 0  # the most experts that take the path ``dense``
 
 
-HOPPER = Tiles()
+HOPPER = Tiles()  # as benchmarks/experts_layer.py --tune found on an H200
 OTHERS = Tiles()
 LENGTH = 256  # pairs of one expert that are summed apart from its others
 LANES = 1024  # the most pairs of ranks that `retrieve` can choose from
@@ -55,10 +45,6 @@ def _tiles(device: torch.device) -> Tiles:
     return HOPPER if hopper else OTHERS
 
 
-def _cache_bytes(device: torch.device) -> float:
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2.0**25
-
-
 def _power(n: int) -> int:
     """The power of two that is n or next above."""
     return 1 << max(1, n - 1).bit_length()
@@ -70,27 +56,22 @@ def fused_experts(
     up: torch.Tensor,
     indices: torch.Tensor,
     weights: torch.Tensor,
-    dense: bool | None = None,
 ) -> torch.Tensor:
     """See :func:`small_doge.ops.product_key.experts`, for tensors that are :func:`usable`.
 
-    Looking rows up takes 4 bytes × 3 a pair of token and slot, and what sorting the pairs takes; ``dense`` takes
-    3 × N × E numbers of the dtype of x at most.
+    Takes 4 bytes × 3 a pair of token and slot, and in the backward pass what sorting the pairs takes.
 
     Args:
         x: (N, C).
         down, up: (E, C).
         indices: (N, k) int64.
         weights: (N, k).
-        dense: whether to multiply with all experts; None: what ``Tiles.dense`` says.
 
     Returns:
         (N, C) in the dtype of x. The same inputs give the same bits, gradients included.
     """
-    if dense is None:
-        dense = down.shape[0] <= _tiles(x.device).dense
     tensors = (x.contiguous() for x in (x, down, up, indices, weights.float()))  # kernels know no strides
-    return _forward(*tensors, dense)[0]
+    return _forward(*tensors)[0]
 
 
 def _tokens(
@@ -104,46 +85,15 @@ def _tokens(
     out: torch.Tensor,
     backward: bool,
 ) -> None:
-    """Launch `tokens`, once or once a pass; see there."""
-    (N, C), SLOTS, tiles = v.shape, indices.shape[1], _tiles(v.device)
-    table, cache = first.numel() * first.element_size(), _cache_bytes(v.device)
-    together = 2 * table <= tiles.joined * cache
-    slices = 1 if together else -(-table // max(1, int(tiles.cached * cache)))
-    WIDE = _power(SLOTS)
-
-    def cut(elements: int) -> tuple[int, int, int]:
-        """Columns of a tile, columns of a slice, slices."""
-        block = min(_power(C), max(16, elements // WIDE))
-        columns = -(-C // (slices * block)) * block
-        return block, columns, -(-C // columns)
-
-    parts = cut(tiles.dot[0])[2]
-    dots = h if together else torch.empty(parts, N, SLOTS, dtype=torch.float32, device=v.device)
-    kernels = _kernels()
-    for dot, total in ((True, True),) if together else ((True, False), (False, True)):
-        elements, warps, stages = tiles.both if together else tiles.dot if dot else tiles.sum
-        block, columns, programs = cut(elements)
-        kernels.tokens[(N, programs)](
-            v, first, second, indices, weights, dots, h, *made, out, N, C=C, SLOTS=SLOTS, WIDE=WIDE, BLOCK_C=block,
-            SLICE=columns, PARTS=parts, STAGES=stages, BACKWARD=backward, DOT=dot, SUM=total, num_warps=warps,
-        )  # fmt: skip
-
-
-def _spread(
-    dots: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, h: torch.Tensor, dweights: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch `spread`, backward if there is a dweights to fill: a and dh, each (N, E); forward, no dh."""
-    N, E = dots.shape
-    SLOTS = indices.shape[1]
-    a = torch.empty_like(dots)
-    dh = a if dweights is None else torch.empty_like(dots)
+    """Launch `tokens`; see there."""
+    (N, C), SLOTS = v.shape, indices.shape[1]
+    elements, warps, stages = _tiles(v.device).tokens
     WIDE = _power(SLOTS)
     kernels = _kernels()
-    kernels.spread[(N,)](
-        dots, indices, weights, h, h if dweights is None else dweights, a, dh, E, SLOTS=SLOTS, WIDE=WIDE,
-        BLOCK_E=min(_power(E), max(16, 4096 // WIDE)), BACKWARD=dweights is not None, num_warps=4,
+    kernels.tokens[(N,)](
+        v, first, second, indices, weights, h, *made, out, C=C, SLOTS=SLOTS, WIDE=WIDE,
+        BLOCK_C=min(_power(C), max(16, elements // WIDE)), STAGES=stages, BACKWARD=backward, num_warps=warps,
     )  # fmt: skip
-    return a, dh
 
 
 def sort_pairs(indices: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -187,20 +137,17 @@ def sum_pairs(
 
 @torch.library.custom_op("small_doge::fused_experts_forward", mutates_args=())
 def _forward(
-    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, dense: bool
+    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (N, C), and h = x·down (N, k) float32."""
     h = torch.empty(indices.shape, dtype=torch.float32, device=x.device)
-    if dense:
-        a, _ = _spread(x @ down.to(x.dtype).T, indices, weights, h, None)
-        return a @ up.to(x.dtype), h
     out = torch.empty_like(x)
     _tokens(x, down, up, indices, weights, h, (h, h, h), out, backward=False)
     return out, h
 
 
 @_forward.register_fake
-def _(x, down, up, indices, weights, dense):
+def _(x, down, up, indices, weights):
     return torch.empty_like(x), torch.empty(indices.shape, dtype=torch.float32, device=x.device)
 
 
@@ -213,19 +160,12 @@ def _backward(
     indices: torch.Tensor,
     weights: torch.Tensor,
     h: torch.Tensor,
-    dense: bool,
     tables: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx, ddown, dup, dweights; without ``tables``, ddown and dup are empty."""
     do = do.contiguous()
     dweights = torch.empty_like(h)
     ddown, dup = (x.new_empty(table.shape if tables else (0,), dtype=table.dtype) for table in (down, up))
-    if dense:
-        all_a, all_dh = _spread(do @ up.to(x.dtype).T, indices, weights, h, dweights)
-        dx = all_dh @ down.to(x.dtype)
-        if tables:
-            ddown, dup = (all_dh.T @ x).to(down.dtype), (all_a.T @ do).to(up.dtype)
-        return dx, ddown, dup, dweights
     a, dh, dx = torch.empty_like(h), torch.empty_like(h), torch.empty_like(x)
     _tokens(do, up, down, indices, weights, h, (a, dh, dweights), dx, backward=True)
     if tables:
@@ -234,23 +174,22 @@ def _backward(
 
 
 @_backward.register_fake
-def _(do, x, down, up, indices, weights, h, dense, tables):
+def _(do, x, down, up, indices, weights, h, tables):
     ddown, dup = (x.new_empty(table.shape if tables else (0,), dtype=table.dtype) for table in (down, up))
     return torch.empty_like(x), ddown, dup, torch.empty_like(h)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], output[1])
-    ctx.dense = inputs[5]
+    ctx.save_for_backward(*inputs, output[1])
     ctx.set_materialize_grads(False)  # no zeros for h, whose gradient nobody asks for
 
 
 def _differentiate(ctx, do, _):
     if do is None:
-        return (None,) * 6
+        return (None,) * 5
     tables = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dx, ddown, dup, dweights = _backward(do, *ctx.saved_tensors, ctx.dense, tables)
-    return dx, ddown if tables else None, dup if tables else None, None, dweights, None
+    dx, ddown, dup, dweights = _backward(do, *ctx.saved_tensors, tables)
+    return dx, ddown if tables else None, dup if tables else None, None, dweights
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -16,58 +16,43 @@ def tokens(
     v,  # (N, C): x forward, the gradient of out backward
     first, second,  # (E, C): down, up forward; up, down backward
     indices,  # (N, SLOTS) int64
-    weights,  # (N, SLOTS) float32, and so are the next five
-    dots,  # (PARTS, N, SLOTS): v·first over a slice of the columns each, from a launch with DOT to one with SUM
+    weights,  # (N, SLOTS) float32, and so are the next four
     h,  # x·down: written forward, read backward
     a, dh, dweights,  # written backward
     out,  # (N, C): out forward, dx backward
-    N,
-    C: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, SLICE: tl.constexpr,
-    PARTS: tl.constexpr, STAGES: tl.constexpr, BACKWARD: tl.constexpr, DOT: tl.constexpr, SUM: tl.constexpr,
+    C: tl.constexpr, SLOTS: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and SLICE columns: v·first, from it a coefficient a slot, and the rows of second times those.
-
-    With DOT and SUM, and one slice, all of it; with DOT alone only the products, with SUM alone the rest.
-    """
+    """One program a token: v·first, from it a coefficient a slot, and the rows of second times those."""
     n = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
     slot = tl.arange(0, WIDE)
     there = slot < SLOTS
     at = n * SLOTS + slot
     row = tl.load(indices + at, mask=there, other=0) * C
-    columns = part * SLICE + tl.arange(0, BLOCK_C)
-    if DOT:
-        products = tl.zeros([WIDE, BLOCK_C], tl.float32)
-        for begin in tl.range(0, SLICE, BLOCK_C, num_stages=STAGES):
-            c = begin + columns
-            tile = tl.load(first + row[:, None] + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
-            vector = tl.load(v + n * C + c, mask=c < C, other=0.0)
-            products += tile.to(tl.float32) * vector.to(tl.float32)[None, :]
-        dot = tl.sum(products, 1)
+    columns = tl.arange(0, BLOCK_C)
+    products = tl.zeros([WIDE, BLOCK_C], tl.float32)
+    for begin in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+        c = begin + columns
+        tile = tl.load(first + row[:, None] + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
+        vector = tl.load(v + n * C + c, mask=c < C, other=0.0)
+        products += tile.to(tl.float32) * vector.to(tl.float32)[None, :]
+    dot = tl.sum(products, 1)
+    weight = tl.load(weights + at, mask=there, other=0.0)
+    if BACKWARD:
+        z = tl.load(h + at, mask=there, other=0.0)
+        gate = tl.sigmoid(z)
+        coefficient = dot * weight * gate * (1 + z * (1 - gate))
+        tl.store(a + at, weight * z * gate, mask=there)
+        tl.store(dh + at, coefficient, mask=there)
+        tl.store(dweights + at, dot * z * gate, mask=there)
     else:
-        dot = tl.zeros([WIDE], tl.float32)
-        for i in tl.static_range(PARTS):
-            dot += tl.load(dots + i * N.to(tl.int64) * SLOTS + at, mask=there, other=0.0)
-    if SUM:
-        weight = tl.load(weights + at, mask=there, other=0.0)
-        whose = there & (part == 0)  # the other slices compute the same
-        if BACKWARD:
-            z = tl.load(h + at, mask=there, other=0.0)
-            gate = tl.sigmoid(z)
-            coefficient = dot * weight * gate * (1 + z * (1 - gate))
-            tl.store(a + at, weight * z * gate, mask=whose)
-            tl.store(dh + at, coefficient, mask=whose)
-            tl.store(dweights + at, dot * z * gate, mask=whose)
-        else:
-            coefficient = weight * dot * tl.sigmoid(dot)
-            tl.store(h + at, dot, mask=whose)
-        for begin in tl.range(0, SLICE, BLOCK_C, num_stages=STAGES):
-            c = begin + columns
-            tile = tl.load(second + row[:, None] + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
-            total = tl.sum(coefficient[:, None] * tile.to(tl.float32), 0)
-            tl.store(out + n * C + c, total.to(out.dtype.element_ty), mask=c < C)
-    else:
-        tl.store(dots + part * N.to(tl.int64) * SLOTS + at, dot, mask=there)
+        coefficient = weight * dot * tl.sigmoid(dot)
+        tl.store(h + at, dot, mask=there)
+    for begin in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+        c = begin + columns
+        tile = tl.load(second + row[:, None] + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
+        total = tl.sum(coefficient[:, None] * tile.to(tl.float32), 0)
+        tl.store(out + n * C + c, total.to(out.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
@@ -170,45 +155,6 @@ def experts(
     up_sum = tl.sum(up_sum, 0) + up_more
     tl.store(ddown + e * C + c, down_sum.to(ddown.dtype.element_ty), mask=c < C)
     tl.store(dup + e * C + c, up_sum.to(dup.dtype.element_ty), mask=c < C)
-
-
-@triton.jit
-def spread(
-    dots,  # (N, E): x·down of all experts forward, do·up of all backward
-    indices, weights, h, dweights,  # as in `tokens`
-    a,  # out (N, E): the coefficients of up, zero for the experts that were not picked
-    dh,  # out (N, E), backward only: those of down
-    E,
-    SLOTS: tl.constexpr, WIDE: tl.constexpr, BLOCK_E: tl.constexpr, BACKWARD: tl.constexpr,
-):  # fmt: skip
-    """One program a token: what `tokens` computes between its two passes, for matrix products over all experts."""
-    n = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, WIDE)
-    there = slot < SLOTS
-    at = n * SLOTS + slot
-    e_slot = tl.load(indices + at, mask=there, other=0)
-    weight = tl.load(weights + at, mask=there, other=0.0)
-    dot = tl.load(dots + n * E + e_slot, mask=there, other=0.0).to(tl.float32)
-    e_slot = tl.where(there, e_slot, -1).to(tl.int32)
-    if BACKWARD:
-        z = tl.load(h + at, mask=there, other=0.0)
-        gate = tl.sigmoid(z)
-        tl.store(dweights + at, dot * z * gate, mask=there)
-        dh_slot = dot * weight * gate * (1 + z * (1 - gate))
-    else:
-        z = dot
-        gate = tl.sigmoid(z)
-        tl.store(h + at, z, mask=there)
-        dh_slot = z
-    a_slot = weight * z * gate
-    for begin in range(0, E, BLOCK_E):
-        e = begin + tl.arange(0, BLOCK_E)
-        hit = e_slot[:, None] == e[None, :]
-        total = tl.sum(tl.where(hit, a_slot[:, None], 0.0), 0)
-        tl.store(a + n * E + e, total.to(a.dtype.element_ty), mask=e < E)
-        if BACKWARD:
-            total = tl.sum(tl.where(hit, dh_slot[:, None], 0.0), 0)
-            tl.store(dh + n * E + e, total.to(dh.dtype.element_ty), mask=e < E)
 
 
 @triton.jit
