@@ -145,6 +145,30 @@ def test_training_compiles_without_graph_breaks(monkeypatch, window, path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_the_laws_on_the_sparse_path(monkeypatch, dtype, tolerance):
+    """A later token changes no earlier logit, and a document equals itself alone, packed or padded."""
+    torch.manual_seed(0)
+    model = DogeForCausalLM(config_for("tiny", vocab_size=512, keep_window_size=50)).cuda().to(dtype).eval()
+    for layer in model.model.layers:
+        layer.self_attn.A.uniform_(-1, 1)
+    ids = torch.randint(0, 20, (2, 300), device="cuda")
+    monkeypatch.setenv(FORCE, "sparse")
+    full = model(ids, use_cache=False).logits
+    edited = ids.clone()
+    edited[:, 200:] = 21
+    assert relative_error(model(edited, use_cache=False).logits[:, :200], full[:, :200]) < tolerance
+    positions = torch.cat([torch.arange(120), torch.arange(180)]).expand(2, 300).cuda()
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    for part in (slice(0, 120), slice(120, 300)):
+        assert relative_error(packed[:, part], model(ids[:, part], use_cache=False).logits) < tolerance
+    mask = torch.ones(2, 340, dtype=torch.long, device="cuda")
+    mask[:, :40] = 0
+    padded = model(torch.cat([ids[:, :40], ids], 1), attention_mask=mask, use_cache=False).logits
+    assert relative_error(padded[:, 40:], full) < tolerance
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("window", [64, 2048])
 def test_a_cached_step_equals_the_full_pass_on_a_gpu(window):
     torch.manual_seed(0)
