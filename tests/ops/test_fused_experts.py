@@ -177,7 +177,8 @@ def test_retrieval_equals_brute_force(kind, N, K, k, dtype):
 
 def test_what_retrieval_is_left_to_others(monkeypatch):
     monkeypatch.setattr(fused.gpu, "usable", lambda x: True)
-    for K, k, taken in ((128, 64, True), (32, 8, True), (1, 1, True), (128, 200, False), (2000, 2, False)):
+    taken_at = [(128, 64, True), (32, 8, True), (1, 1, True), (32, 1024, True), (128, 300, False), (2000, 2, False)]
+    for K, k, taken in taken_at:
         assert fused.retrieves(torch.empty(1, 2 * K), k) == taken
     assert not fused.retrieves(torch.empty(1, 4, dtype=torch.float64), 2)
 

@@ -205,9 +205,10 @@ def _pairs_of_ranks(K: int, k: int, device: torch.device) -> torch.Tensor:
 
 def retrieves(logits: torch.Tensor, k: int) -> bool:
     """Whether :func:`fused_retrieve` takes ``logits`` (N, 2K) and k: the sorting has to fit into registers."""
-    if not usable(logits) or max(k, logits.shape[-1] // 2) > LANES:
+    K = logits.shape[-1] // 2
+    if not usable(logits) or max(k, K) > LANES:
         return False
-    return sum(k // n for n in range(1, k + 1)) <= LANES
+    return sum(min(k // n, K) for n in range(1, min(k, K) + 1)) <= LANES
 
 
 def fused_retrieve(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
