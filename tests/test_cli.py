@@ -17,7 +17,7 @@ from small_doge.errors import UserError
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 STAGE_OF = {"tokenizer": "tokenizer", "prepare": "prepare", "pretrain": "pretrain"}
-STAGE_OF |= {"evaluate": "evaluate", "report": "report"}
+STAGE_OF |= {"evaluate": "evaluate", "report": "report", "sft": "sft", "dpo": "dpo"}
 
 
 def doge(*words, **options):
@@ -27,13 +27,16 @@ def doge(*words, **options):
 
 
 def recipe_class(stage):
+    if stage in ("sft", "dpo"):
+        pytest.importorskip("trl", reason="TRL runs on Python 3.11 and newer")
     module, name, *_ = cli._STAGES[stage]
     return getattr(importlib.import_module(f"small_doge.{module}"), name)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_recipe_is_valid_and_commented(path):
-    recipe.load(recipe_class(STAGE_OF[path.stem]), path)
+    on_cpu = {"use_cpu": True} if path.stem == "pretrain" else {}  # or bf16 is refused on a machine without a GPU
+    recipe.load(recipe_class(STAGE_OF[path.stem]), path, on_cpu)
     assert path.read_text(encoding="utf-8").startswith("#")
 
 
@@ -215,7 +218,7 @@ def test_a_disk_that_fills_is_one_sentence(tmp_path):
 def test_the_demo_is_the_recipes_of_doge_tiny():
     """No recipe of the demo differs from what each stage would do alone: it changes folders and minutes only."""
     source = (ROOT / "src" / "small_doge" / "demo.py").read_text(encoding="utf-8")
-    for name in STAGE_OF:
+    for name in STAGE_OF.keys() - {"sft", "dpo"}:  # where the demo does not go yet
         assert f'settings("{name}"' in source
     for path in RECIPES:
         if path.parent.name == "doge-tiny":

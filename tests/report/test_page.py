@@ -2,12 +2,14 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 
 from small_doge import DogeConfig, DogeForCausalLM
 from small_doge.artifacts import duration, finish, write_json
 from small_doge.errors import UserError
+from small_doge.evaluation.expert_use import evenness
 from small_doge.report.page import ReportRecipe, report, text
 from small_doge.report.run import read_run, size, verdict
 
@@ -130,6 +132,8 @@ def test_the_page_is_whole_loads_nothing_and_escapes_what_the_model_wrote(finish
     assert "url(" not in content
     assert sum(tag == "img" for tag, _ in page.tags) == 7
     words = "".join(page.words)
+    assert "Experts" not in words
+    assert "Balance loss" not in words
     assert "<script>alert(1)</script><img src=http://example.com/x onerror=alert(2)>" in words
     assert "MIDDLE" not in words
     assert "self self (((" in words
@@ -182,6 +186,64 @@ def test_scores_of_tasks_have_a_table_and_a_picture(finished, tmp_path):
     assert "ARC-E: <b>odd." in words
     assert "The model has not been evaluated: there is no evaluation/results.json" in words
     assert {"scores_1", "scores_2"} <= {p.stem for p in (run / "figures").iterdir()}
+
+
+def with_experts(run):
+    """Make the run one of a model with 16 experts a layer, 5 of which the first layer never chose."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.003}
+    DogeForCausalLM(DogeConfig(vocab_size=300, keep_window_size=24, **shape, **experts)).save_pretrained(
+        run / "pretrain"
+    )
+    state = json.loads((run / "pretrain/trainer_state.json").read_text())
+    for row in state["log_history"]:
+        if "loss" in row:
+            row["balance_loss"] = 1 + 1 / row["step"]
+    write_json(run / "pretrain/trainer_state.json", state)
+    counts = np.array([[0] * 5 + [9] * 10 + [110], [11, 13] * 7 + [12, 20]])
+    assert counts.sum(axis=1).tolist() == [200, 200]
+    np.save(run / "evaluation/expert_use.npy", counts)
+    results = json.loads((run / "evaluation/results.json").read_text())
+    use = {"num_experts": 16, "num_experts_per_tok": 2, "tokens": 100, "layers": evenness(counts)}
+    write_json(run / "evaluation/results.json", results | {"expert_use": use})
+    return run
+
+
+def test_a_model_with_experts_shows_how_they_are_used(finished, tmp_path):
+    run = with_experts(copied(finished, tmp_path))
+    page = Page(report(ReportRecipe(str(run))).read_text(encoding="utf-8"))
+    assert page.headings[4] == "Experts"
+    assert sum(tag == "img" for tag, _ in page.tags) == 9
+    assert {"expert_use.png", "balance_loss.png"} <= {p.name for p in (run / "figures").iterdir()}
+    alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert any("each expert of each layer" in alt for alt in alts)
+    words = "".join(page.words)
+    assert "sends every token to 2 of them" in words
+    assert "12.5 times in the 100 tokens" in words
+    assert "131.2 %8.8×" in words  # layer 1, 5 of 16, 110 against 12.5
+    assert "20 %1.6×16" in words  # layer 2, none, 20 against 12.5, as wide as nearly all
+    assert "0.003 times the mean of the layers is part of the training loss" in words
+    assert "Experts of a layer / of a token16 / 2" in words
+    assert "Balance loss, last logged (1: experts evenly used)1.025" in words
+    assert "Experts never chosen on held-out text, mean of layers15.6 %" in words
+
+
+def test_a_model_with_experts_that_was_not_evaluated_says_what_to_do(finished, tmp_path):
+    run = with_experts(copied(finished, tmp_path))
+    for name in ("results.json", "expert_use.npy"):
+        (run / "evaluation" / name).unlink()
+    words = "".join(Page(report(ReportRecipe(str(run))).read_text(encoding="utf-8")).words)
+    assert "Their use has not been measured: doge evaluate on this model does." in words
+    assert "part of the training loss" in words
+
+
+def test_counts_cut_short_are_named(finished, tmp_path):
+    run = with_experts(copied(finished, tmp_path))
+    path = run / "evaluation/expert_use.npy"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"expert_use\.npy cannot be read"):
+        report(ReportRecipe(str(run)))
 
 
 def write_json_in(path, content):

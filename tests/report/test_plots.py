@@ -23,6 +23,9 @@ HISTORY = [
         lambda: plots.loss_figure([]),
         lambda: plots.bits_per_byte_figure(HISTORY),
         lambda: plots.learning_rate_figure(HISTORY),
+        lambda: plots.balance_loss_figure([{"step": 1, "balance_loss": 1.5}, {"step": 2, "balance_loss": 1.1}]),
+        lambda: plots.expert_use_figure(np.array([[0, 0, 0, 7], [5, 5, 5, 5], [1, 2, 3, 4]])),
+        lambda: plots.expert_use_figure(np.arange(1, 1025)[None]),
         lambda: plots.comparison_figure({"model": 2.1, "xz -9": 1.7}),
         lambda: plots.stage_time_figure({"Train": 300.0, "Evaluate": 2.0}),
         lambda: plots.stage_time_figure({}),
@@ -47,6 +50,34 @@ def test_pictures_are_the_same_each_time():
 def test_series_leaves_out_what_is_no_number():
     assert plots.series(HISTORY, "loss") == ([1.0, 3.0], [9.0, 6.5])
     assert plots.series(HISTORY, "mfu") == ([], [])
+
+
+def test_the_picture_of_experts_is_their_sorted_use():
+    counts = np.array([[3, 0, 9, 0], [1, 1, 1, 1]])
+    first, second = plots.expert_use_figure(counts).axes[:2]
+    assert first.get_title(loc="left") == "Layer 1: 50.0 % never chosen"
+    assert second.get_title(loc="left") == "Layer 2: 0 % never chosen"
+    assert first.get_yscale() == "log"
+    even, curve = first.lines
+    assert set(even.get_ydata()) == {1}
+    assert curve.get_xdata().tolist() == [12.5, 37.5]  # the middle of each quarter
+    assert curve.get_ydata().tolist() == [3.0, 1.0]  # even use is 3
+    low, high = first.get_ylim()
+    assert low < 1 < 3 < high
+
+
+def test_a_picture_of_many_experts_keeps_both_ends():
+    counts = np.random.default_rng(0).poisson(2, (1, 16384))
+    _, curve = plots.expert_use_figure(counts).axes[0].lines
+    assert len(curve.get_xdata()) <= 300
+    used = (counts > 0).sum()
+    assert curve.get_xdata()[-1] == pytest.approx(100 * (used - 0.5) / 16384)
+    assert curve.get_ydata()[[0, -1]] == pytest.approx([counts.max() / counts.mean(), 1 / counts.mean()])
+
+
+def test_a_small_share_is_not_called_none():
+    shares = (0, 0.0001, 0.079, 0.99999, 1)
+    assert [plots.percent(x) for x in shares] == ["0 %", "< 0.1 %", "7.9 %", "> 99.9 %", "100.0 %"]
 
 
 def test_attention_and_scores_are_those_of_the_formulas():

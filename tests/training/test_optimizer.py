@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from small_doge.models import DogeForCausalLM, config_for
-from small_doge.training.optimizer import MuonAdamW, orthogonalize, parameter_groups
+from small_doge.training.optimizer import MuonAdamW, decayed_parameters, orthogonalize, parameter_groups
 
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1}
 
@@ -52,12 +52,37 @@ def test_the_rest_moves_exactly_as_with_adamw():
     assert set(a.state[matrix]) == {"step", "momentum_buffer"}
 
 
-def test_groups_hold_every_parameter_once():
-    model = DogeForCausalLM(config_for("tiny", vocab_size=300, attention_bias=True))
+@pytest.mark.parametrize("experts", [{}, {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2}])
+def test_groups_hold_every_parameter_once(experts):
+    model = DogeForCausalLM(config_for("tiny", vocab_size=300, attention_bias=True, **experts))
     groups = parameter_groups(model, 0.1, 1e-3, 1e-2)
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
     muon = {names[id(p)].rsplit(".", 2)[-2] for p in groups[0]["params"]}
     assert muon == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert [names[id(p)] for p in groups[1]["params"] if "dt_proj" not in names[id(p)]] == ["model.embed_tokens.weight"]
+    decayed = {
+        names[id(p)].replace("model.", "", 1).split(".mlp.")[-1].split(".self_attn.")[-1] for p in groups[1]["params"]
+    }
+    tables = {"down_embed.weight", "up_embed.weight", "router_gate.weight"} if experts else set()
+    assert decayed == {"embed_tokens.weight", "dt_proj.weight"} | tables
+
+
+def test_experts_decay_and_a_row_moves_by_its_own_gradient():
+    """AdamW of a table is AdamW of each row; Muon would move the rows without a gradient too."""
+    model = DogeForCausalLM(config_for("tiny", vocab_size=300, is_moe=True, num_experts=16, num_experts_per_tok=2))
+    names = decayed_parameters(model)
+    assert {"model.layers.0.mlp.down_embed.weight", "model.layers.0.mlp.up_embed.weight"} <= set(names)
+    optimizer = MuonAdamW(parameter_groups(model, 0.0, 1e-3, 1e-2))
+    table = model.model.layers[0].mlp.up_embed.weight
+    before, touched = table.detach().clone(), torch.tensor([3, 7])
+    table.grad = torch.zeros_like(table)
+    table.grad[touched] = torch.randn(2, table.shape[1], generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    moved = (table != before).any(dim=-1)
+    assert moved.nonzero().flatten().tolist() == touched.tolist()
+    # A later step without a gradient still moves them, by their momentum: what skipping rows would change.
+    after = table.detach().clone()
+    table.grad = torch.zeros_like(table)
+    optimizer.step()
+    assert ((table != after).any(dim=-1) == moved).all()

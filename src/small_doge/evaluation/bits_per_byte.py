@@ -20,6 +20,8 @@ from ..errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from .expert_use import ExpertUse
+
 # Logits of one batch: 2**27 numbers are 512 MiB in float32. A batch is made smaller to stay below, never empty.
 MAX_LOGITS = 1 << 27
 # Log-probabilities are taken for this many logits at a time: 2**24 numbers, 64 MiB in float32.
@@ -74,6 +76,7 @@ def bits_per_byte(
     batch_size: int = 8,
     device: Any = None,
     progress: Callable[[int, int], None] | None = None,
+    expert_use: ExpertUse | None = None,
 ) -> BitsPerByte:
     """Measure a causal language model on whole documents, exactly.
 
@@ -88,6 +91,7 @@ def bits_per_byte(
         batch_size: windows per call of the model, at most; fewer where the logits would exceed 512 MiB.
         device: where to run; None leaves the model where it is.
         progress: called with (tokens done, tokens in all) after each batch.
+        expert_use: counts, of a model with experts, those of every token that predicts one; it changes no figure.
 
     Returns:
         Sums in float64 of log-probabilities taken from logits of float32 (or the model's own type if wider).
@@ -118,7 +122,7 @@ def bits_per_byte(
     try:
         with torch.no_grad():
             for batch in _batches(windows, batch_size, model.config.vocab_size):
-                log_probabilities = _score(model, batch, texts, device)
+                log_probabilities = _score(model, batch, texts, device, expert_use)
                 nats -= float(log_probabilities.double().sum())
                 done += len(log_probabilities)
                 if progress is not None:
@@ -138,7 +142,9 @@ def _batches(windows: list[Window], batch_size: int, vocab_size: int) -> Iterato
         begin += size
 
 
-def _score(model: Any, batch: list[Window], texts: list[np.ndarray], device: torch.device) -> torch.Tensor:
+def _score(
+    model: Any, batch: list[Window], texts: list[np.ndarray], device: torch.device, expert_use: ExpertUse | None
+) -> torch.Tensor:
     """Log-probabilities of the tokens that count in a batch of windows: one dimension, float64, on the CPU."""
     import torch
 
@@ -155,12 +161,16 @@ def _score(model: Any, batch: list[Window], texts: list[np.ndarray], device: tor
         mask[row, :size] = 1
         counts[row, w.scored - w.begin : size] = True
 
-    logits = model(
+    output = model(
         input_ids=torch.from_numpy(inputs).to(device),
         attention_mask=torch.from_numpy(mask).to(device),
         use_cache=False,
-    ).logits
+        **({"output_router_logits": True} if expert_use is not None else {}),
+    )
+    logits = output.logits
     where = torch.from_numpy(np.flatnonzero(counts)).to(device)
+    if expert_use is not None:
+        expert_use.add(output.router_logits, where)
     wanted = torch.from_numpy(targets[counts]).to(device)
     flat = logits.view(-1, logits.shape[-1])
     found = []

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import artifacts
 from ..errors import UserError
 from ..recipe import plain
 
 STAGE = "evaluate"
 RESULTS_FILE = "results.json"
+EXPERTS_FILE = "expert_use.npy"
 NGRAM_ORDER = 5
 # The baselines learn from the first 48 MiB of the training text: with the held-out text behind it, that is what the
 # 64 MiB dictionary of xz -9 reaches, and counting it takes about 1 GB of memory.
@@ -114,8 +117,10 @@ def measure_text(recipe: EvaluateRecipe) -> Path:
     """Measure ``recipe.model`` on held-out text, write ``results.json`` and print a table.
 
     The file holds ``bits_per_byte`` (of the model and of each baseline), ``bytes``, ``documents`` and ``tokens`` of
-    the held-out text, ``loss`` in nats per token, ``context_length``, and ``seconds`` each part took. A folder that
-    holds these very results already is left as it is.
+    the held-out text, ``loss`` in nats per token, ``context_length``, and ``seconds`` each part took. Of a model with
+    experts it also has ``expert_use``, what :func:`expert_use.summary` says of each layer, and beside it lies
+    ``expert_use.npy``, how often each expert was chosen, (layers, experts). A folder that holds these very results
+    already is left as it is.
 
     Returns:
         The path of ``results.json``.
@@ -139,9 +144,11 @@ def measure_text(recipe: EvaluateRecipe) -> Path:
         print(table(artifacts.read_json(output_dir / RESULTS_FILE)))
         return output_dir / RESULTS_FILE
 
-    results = _measure(recipe)
+    results, counts = _measure(recipe)
     with artifacts.staged(output_dir) as folder:
         artifacts.write_json(folder / RESULTS_FILE, results)
+        if counts is not None:
+            np.save(folder / EXPERTS_FILE, counts)
         facts = {"model": recipe.model, "data": recipe.data}
         artifacts.finish(folder, STAGE, settings, time.perf_counter() - begun, **facts)
     print(table(results))
@@ -149,12 +156,13 @@ def measure_text(recipe: EvaluateRecipe) -> Path:
     return output_dir / RESULTS_FILE
 
 
-def _measure(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """The content of results.json."""
+def _measure(recipe: EvaluateRecipe) -> tuple[dict[str, Any], np.ndarray | None]:
+    """The content of results.json, and of a model with experts how often each was chosen."""
     from ..data.packing import PackedTokens, require_vocabulary
     from ..data.tokenizer import decode_text, load_tokenizer
     from ..models import load_model
     from .bits_per_byte import bits_per_byte
+    from .expert_use import ExpertUse, summary
 
     assert recipe.data is not None
     packed = PackedTokens(recipe.data, "validation")
@@ -174,8 +182,11 @@ def _measure(recipe: EvaluateRecipe) -> dict[str, Any]:
         )
 
     context_length = recipe.context_length or packed.manifest["row_length"]
+    config: Any = model.config
+    use = ExpertUse(config.num_experts, config.num_experts_per_tok) if config.is_moe else None
+    how = (context_length, recipe.batch_size, _device(), _progress_printer(), use)
     start = time.perf_counter()
-    found = bits_per_byte(model, documents, held_out, context_length, recipe.batch_size, _device(), _progress_printer())
+    found = bits_per_byte(model, documents, held_out, *how)
     seconds = {"model": time.perf_counter() - start}
     bits = {"model": found.bits_per_byte}
     results: dict[str, Any] = {
@@ -186,6 +197,8 @@ def _measure(recipe: EvaluateRecipe) -> dict[str, Any]:
         "loss": found.nats / found.tokens,
         "context_length": context_length,
     }
+    if use is not None:
+        results["expert_use"] = summary(use)
     if recipe.baselines:
         start = time.perf_counter()
         training = _training_texts(recipe.data, tokenizer)
@@ -193,7 +206,7 @@ def _measure(recipe: EvaluateRecipe) -> dict[str, Any]:
         results["baseline_training_bytes"] = sum(map(len, training))
         _measure_baselines(training, texts, bits, seconds)
     results["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
-    return results
+    return results, None if use is None else use.counts()
 
 
 def _measure_baselines(
@@ -258,4 +271,14 @@ def table(results: dict[str, Any]) -> str:
     ]
     lines += [f"  {name:<{width}}  {value:.4f}" for name, value in sorted(bits.items(), key=lambda item: item[1])]
     lines.append(f"loss {results['loss']:.4f} nats per token over {results['tokens']:,} tokens")
+    if "expert_use" in results:
+        lines.append(_expert_use_line(results["expert_use"]))
     return "\n".join(lines)
+
+
+def _expert_use_line(use: dict[str, Any]) -> str:
+    dead, effective = ([layer[name] for layer in use["layers"]] for name in ("dead_share", "effective_experts"))
+    return (
+        f"of {use['num_experts']:,} experts a layer {min(dead):.1%} to {max(dead):.1%} were never chosen; "
+        f"use is spread as over {min(effective):,.0f} to {max(effective):,.0f} experts used evenly"
+    )

@@ -49,7 +49,9 @@ table { border-collapse: collapse; width: 100%; max-width: 46rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; }
 .wide td { overflow-wrap: normal; }
-th { font-weight: 500; color: var(--soft); width: 45%; } td { font-variant-numeric: tabular-nums; }
+th { font-weight: 500; color: var(--soft); width: 45%; }
+.columns th { width: auto; overflow-wrap: normal; }
+td { font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; } figcaption { max-width: 46rem; color: var(--soft); font-size: .93rem; margin-top: .5rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 4px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .8rem; }
@@ -117,6 +119,10 @@ def _figures(run: Run, sentence: str) -> tuple[dict[str, Figure], str]:
     figures["learning_rate"] = plots.learning_rate_figure(run.history)
     if run.results:
         figures["comparison"] = plots.comparison_figure(run.results["bits_per_byte"])
+    if run.expert_counts is not None:
+        figures["expert_use"] = plots.expert_use_figure(run.expert_counts)
+    if any("balance_loss" in entry for entry in run.history):
+        figures["balance_loss"] = plots.balance_loss_figure(run.history)
     for number, results in enumerate(run.suites.values(), 1):
         figures[f"scores_{number}"] = scores_figure(results, [])
     try:
@@ -191,6 +197,8 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
         "bits_per_byte": "Bits per byte against the training step",
         "learning_rate": "Learning rate against the training step",
         "comparison": "Bits per byte of the model and of the baselines",
+        "expert_use": "How often each expert of each layer was chosen, the most used first, and how many never were",
+        "balance_loss": "Balance loss of the experts against the training step",
         **{name: "Score of each task, with what guessing gives" for name in figures if name.startswith("scores")},
     }
 
@@ -221,6 +229,7 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
         ),
         ("Beside a compressor and counting", comparison),
         *([("Questions with known answers", _suites(run, picture))] if run.suites else []),
+        *([("Experts", _experts(run, figures, picture))] if run.config.get("is_moe") else []),
         ("Attention", f"{''.join(attention)}<p class='soft'>{text(attention_note)}</p>"),
         ("What it writes", _completions(run.samples)),
         ("Try it", f"<p>Let the model go on from a text of yours:</p><pre>{text(_command(run))}</pre>"),
@@ -244,6 +253,51 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
 </body>
 </html>
 """
+
+
+def _experts(run: Run, figures: dict[str, Figure], picture: Callable[[str], str]) -> str:
+    """How evenly the experts are used: on held-out text a picture and a table, in training the balance loss."""
+    E, k = run.config["num_experts"], run.config["num_experts_per_tok"]
+    parts = [
+        f"<p>In each layer stand {E:,} small experts, and a router sends every token to {k} of them. An expert that is "
+        "never chosen is memory that does nothing; one that is chosen for everything learns nothing in particular.</p>"
+    ]
+    use = run.results.get("expert_use")
+    if use and "expert_use" in figures:
+        even = use["tokens"] * k / E
+        words = (
+            "Each panel is a layer, its experts in order, the most used first. At 1× an expert is chosen as often as "
+            f"if all were used evenly: {even:,.1f} times in the {use['tokens']:,} tokens of held-out text. Each "
+            "step up the upright axis multiplies by the same number. The shaded experts were not chosen once; other "
+            "text may still need them."
+        )
+        parts.append(f"<figure>{picture('expert_use')}<figcaption>{text(words)}</figcaption></figure>")
+        parts.append(_experts_table(use["layers"]))
+        parts.append(
+            "<p class='soft'>Most used: how often the busiest expert was chosen, against even use. Spread as over: "
+            "how many experts, used evenly, would spread the tokens as wide (e to the power of the entropy), at best "
+            f"{E:,}.</p>"
+        )
+    else:
+        parts.append("<p>Their use has not been measured: <code>doge evaluate</code> on this model does.</p>")
+    if "balance_loss" in figures:
+        words = (
+            "The balance loss pulls the router towards even use, where it is 1; the more tokens crowd on few experts, "
+            f"the larger it is. {run.config['router_aux_loss_coef']:g} times the mean of the layers is part of the "
+            "training loss above; held-out loss and bits per byte are without it."
+        )
+        parts.append(f"<figure>{picture('balance_loss')}<figcaption>{text(words)}</figcaption></figure>")
+    return "".join(parts)
+
+
+def _experts_table(layers: list[dict[str, float]]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("Layer", "Never chosen", "Most used", "Spread as over"))
+    rows = "".join(
+        f"<tr><td>{number}</td><td>{text(plots.percent(layer['dead_share']))}</td><td>{layer['largest']:.1f}×</td>"
+        f"<td>{layer['effective_experts']:,.0f}</td></tr>"
+        for number, layer in enumerate(layers, 1)
+    )
+    return f"<table class='columns'><tr>{head}</tr>{rows}</table>"
 
 
 def _suites(run: Run, picture: Callable[[str], str]) -> str:

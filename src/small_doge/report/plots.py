@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart with every common colour blindness; None of them carries meaning alone.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
+PALE = "#F2CDB5"  # an area of orange on which grey and blue lines are seen
 WIDTH = 5.4  # inches; on the 390 pixels of a phone the labels then keep some 10 pixels
 STYLE: Any = {
     "figure.facecolor": "white",
@@ -111,6 +112,15 @@ def learning_rate_figure(history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def balance_loss_figure(history: Sequence[dict[str, Any]]) -> Figure:
+    """Balance loss of the experts against the step, with what even use has."""
+    figure = _curves(history, "Balance loss", balance_loss="training text")
+    with _style():
+        figure.axes[0].axhline(1, color=GREY, linestyle="--", linewidth=1.2, label="even use")
+        figure.axes[0].legend()
+    return figure
+
+
 def _curves(history: Sequence[dict[str, Any]], label: str, **names: str) -> Figure:
     """Curves of up to two names of the log history, each with its words for the legend."""
     with _style():
@@ -160,6 +170,51 @@ def _bars(names: list[str], values: list[float], colors: list[str], label: str, 
         axes.set_xlabel(label)
         axes.grid(axis="y", visible=False)
     return figure
+
+
+def expert_use_figure(counts: np.ndarray) -> Figure:
+    """A panel for each layer: its experts, the most used first, against how often each was chosen.
+
+    Args:
+        counts: (layers, experts), how often each was chosen; every layer has some.
+    """
+    layers, experts = counts.shape
+    columns = min(2, layers)
+    rows = math.ceil(layers / columns)
+    relative = -np.sort(-counts / counts.mean(axis=1, keepdims=True), axis=1)  # 1: as often as in even use
+    seen = relative[relative > 0]
+    with _style():
+        figure, grid = _figure(WIDTH, 1.1 + 1.55 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
+        for number, (axes, use) in enumerate(zip(grid.flat, relative, strict=False), 1):
+            used = int((use > 0).sum())
+            # 16,384 experts are more points than the picture has dots: a few hundred, most of them at the steep start.
+            places = np.concatenate([np.linspace(0, used - 1, 200), np.geomspace(1, used, 100) - 1])
+            places = np.unique(places.round().astype(int))
+            axes.axvspan(100 * used / experts, 100, color=PALE, linewidth=0, label="never chosen")
+            axes.axhline(1, color=GREY, linestyle="--", linewidth=1.2, label="even use")
+            mark = "o" if used == 1 else ""
+            axes.plot(100 * (places + 0.5) / experts, use[places], BLUE, marker=mark, linewidth=1.8, label="experts")
+            axes.set_title(f"Layer {number}: {percent(1 - used / experts)} never chosen", loc="left", fontsize=10)
+            axes.tick_params(which="minor", length=0)
+        low, high = min(0.1, seen.min() / 1.5), max(10.0, seen.max() * 1.5)
+        axes.set(xlim=(0, 100), xticks=(0, 25, 50, 75), yscale="log", ylim=(low, high))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        for axes in grid.flat[layers:]:
+            axes.set_visible(False)
+        figure.supxlabel("Experts of the layer, most used first (%)", fontsize=11)
+        figure.supylabel("Chosen, against even use", fontsize=11)
+        handles, words = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles[::-1], words[::-1], loc="outside upper center", ncols=3)
+    return figure
+
+
+def percent(share: float) -> str:
+    """A share as a per cent that is 0 or 100 only if the share is: ``7.9 %``, ``< 0.1 %``."""
+    if 0 < share < 0.0005:
+        return "< 0.1 %"
+    if 0.9995 <= share < 1:
+        return "> 99.9 %"
+    return f"{100 * share:.1f} %" if share else "0 %"
 
 
 def attention_figure(attention: np.ndarray, scores: np.ndarray, tokens: Sequence[str], title: str) -> Figure:

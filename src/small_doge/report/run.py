@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import artifacts
 from ..errors import UserError
-from .plots import series
+from .plots import percent, series
 
 STAGES = {
     "tokenizer": "Train the tokenizer",
@@ -32,6 +34,7 @@ class Run:
     samples: list[dict[str, Any]]
     results: dict[str, Any]
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)  # results.json of suites, by their folder
+    expert_counts: np.ndarray | None = None  # (layers, experts): how often each was chosen on the held-out text
 
 
 def read_run(run_dir: str | Path) -> Run:
@@ -67,7 +70,18 @@ def read_run(run_dir: str | Path) -> Run:
         samples,
         results if "bits_per_byte" in results else {},
         _suites(folder),
+        _expert_counts(folder / "evaluation" / "expert_use.npy"),
     )
+
+
+def _expert_counts(path: Path) -> np.ndarray | None:
+    """What `doge evaluate` counted of a model with experts, or None."""
+    if not path.is_file():
+        return None
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _suites(folder: Path) -> dict[str, dict[str, Any]]:
@@ -150,10 +164,12 @@ def numbers(run: Run) -> list[tuple[str, str]]:
     config, splits = run.config, run.manifest.get("splits", {})
     rows: list[tuple[str, str | None]] = [("Parameters", f"{parameters(run):,}" if parameters(run) else None)]
     layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
+    experts = f"{config['num_experts']:,} / {config['num_experts_per_tok']}" if config.get("is_moe") else None
     rows += [
         ("Layers × hidden size", f"{layers} × {config.get('hidden_size')}"),
         ("Query heads / key and value heads", f"{heads} / {config.get('num_key_value_heads')}"),
         ("Attention window (keys kept)", f"{config['keep_window_size']:,}" if "keep_window_size" in config else None),
+        ("Experts of a layer / of a token", experts),
         ("Vocabulary (tokens)", f"{config['vocab_size']:,}" if "vocab_size" in config else None),
     ]
     for name, label in (("train", "Training text"), ("validation", "Held-out text")):
@@ -164,6 +180,7 @@ def numbers(run: Run) -> list[tuple[str, str]]:
         ("loss", "Training loss, last logged (nats per token)", "{:.3f}"),
         ("eval_loss", "Held-out loss, last (nats per token)", "{:.3f}"),
         ("eval_bits_per_byte", "Held-out bits per byte during training, last", "{:.3f}"),
+        ("balance_loss", "Balance loss, last logged (1: experts evenly used)", "{:.3f}"),
         ("tokens_per_second", "Training speed, last logged (tokens per second)", "{:,.0f}"),
         ("mfu", "Model FLOP utilisation, last logged", "{:.1%}"),
     ):
@@ -172,5 +189,8 @@ def numbers(run: Run) -> list[tuple[str, str]]:
     for name, bits in run.results.get("bits_per_byte", {}).items():
         label = "this model" if name == "model" else name
         rows.append((f"Held-out bits per byte, {label}", f"{bits:.4f}"))
+    dead = [layer["dead_share"] for layer in run.results.get("expert_use", {}).get("layers", [])]
+    if dead:
+        rows.append(("Experts never chosen on held-out text, mean of layers", percent(sum(dead) / len(dead))))
     rows.append(("Time in all", artifacts.duration(sum(s.get("seconds", 0) for s in run.stages.values()))))
     return [(name, value) for name, value in rows if value is not None]

@@ -35,11 +35,18 @@ class PretrainArguments(TrainingArguments):
         ValueError: for a missing ``data`` or ``tokenizer``, or values out of range.
     """
 
-    model: str = _help("size (tiny, 20m, 60m, 160m, 320m) to start afresh, or a model folder to start from", "20m")
+    model: str = _help(
+        "size to start afresh (tiny, 20m, 60m, 160m, 320m; with experts 40m-moe, 180m-moe, 600m-moe, 1.6b-moe), or a "
+        "model folder to start from",
+        "20m",
+    )
     data: str | None = _help("folder that `doge prepare` wrote")
     tokenizer: str | None = _help("folder that `doge tokenizer` wrote; the tokenizer the data was made with")
     output_dir: str | None = _help("folder for checkpoints and the finished model")
     keep_window_size: int | None = _help("keys a query keeps (w); null takes the model's own")
+    router_aux_loss_coef: float | None = _help(
+        "what the balance loss of experts counts in the training loss; null takes the model's own"
+    )
     tokens_per_step: int | None = _help("tokens an optimiser step sees over all devices; sets gradient accumulation")
     max_minutes: float | None = _help("train for so long: a few steps are timed and max_steps follows")
     decay_steps: float = _help("steps of the final decay; below 1, that share of all steps", 0.2)
@@ -63,6 +70,7 @@ class PretrainArguments(TrainingArguments):
     logging_nan_inf_filter: bool = _help("hide NaN losses from the log, at the price of a sync every step", False)
     save_steps: float = _help("steps between checkpoints", 500)
     save_total_limit: int | None = _help("checkpoints kept", 2)
+    ddp_find_unused_parameters: bool | None = _help("no parameter is ever without a gradient, experts included", False)
     disable_tqdm: bool | None = _help("the log prints the time left itself", True)
     remove_unused_columns: bool = _help("rows hold just what the model takes", False)
     prediction_loss_only: bool = _help("validation needs no logits", True)
@@ -73,6 +81,8 @@ class PretrainArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is not set, expected a folder")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"`max_minutes` is {self.max_minutes}, expected more than 0")
+        if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
+            raise ValueError(f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, expected 0 or more")
         if self.decay_type not in ("linear", "cosine", "1-sqrt"):
             raise ValueError(f"`decay_type` is {self.decay_type!r}, expected linear, cosine or 1-sqrt")
         if self.max_steps < 1 and self.max_minutes is None and self.num_train_epochs <= 0:
@@ -97,7 +107,8 @@ class PretrainArguments(TrainingArguments):
 
     def settings(self, data: PackedTokens) -> dict[str, Any]:
         """What this run computes, as plain values: fields that differ from their defaults, and the data."""
-        default = PretrainArguments(output_dir="-", data="-", tokenizer="-").to_dict()
+        # Made for the same device: these arguments, too, set up the processes that the run is on.
+        default = PretrainArguments(output_dir="-", data="-", tokenizer="-", use_cpu=self.use_cpu).to_dict()
         mine = {k: v for k, v in self.to_dict().items() if k not in _WATCHING and v != default[k]}
         hashes = {name: split["sha256"] for name, split in data.manifest["splits"].items()}
         return {**mine, "model": self.model, "data_sha256": hashes}

@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..artifacts import duration, write_text
+from ..ops.linear_cross_entropy import IGNORED
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -56,8 +58,42 @@ class SaveOnInterrupt(TrainerCallback):
         self._previous.clear()
 
 
+class BalanceLoss:
+    """The balance loss of experts since the last line of the log, summed where it is computed: no step waits for it.
+
+    Micro-batches and processes weigh in by their share of a step's labelled tokens, as they do in the training loss,
+    so that loss − coefficient · mean is the cross-entropy exactly.
+    """
+
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | None = None  # Σ share · balance loss and Σ share, float32
+
+    def add(
+        self, balance_loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None
+    ) -> None:
+        """Take in one micro-batch.
+
+        Args:
+            balance_loss: a scalar; one a replica under DataParallel.
+            labels: (B, T), of which the first of a row is nobody's target.
+            num_items: labelled tokens of the whole step; without it every micro-batch weighs the same.
+        """
+        labelled = (labels[:, 1:] != IGNORED).sum()
+        share = labelled / (labelled.clamp(min=1) if num_items is None else torch.as_tensor(num_items).max())
+        sums = torch.stack([share * balance_loss.detach().float().mean(), share])
+        self.sums = sums if self.sums is None else self.sums.to(sums.device) + sums
+
+    def take(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> float | None:
+        """The mean over all processes since the last call, and begin anew; None of a model without experts."""
+        if self.sums is None:
+            return None
+        total, shares = gather(self.sums).view(-1, 2).sum(dim=0).tolist()
+        self.sums = None
+        return total / shares if shares else float("nan")
+
+
 class LossSinceLastLog(TrainerCallback, ExportableState):
-    """Carries the running loss between two lines of the log through a checkpoint.
+    """Carries the running loss between two lines of the log, and that of experts, through a checkpoint.
 
     The Trainer averages the loss over the steps since its last log line and forgets the sum when it stops; without
     this the first line after resuming would average fewer steps than the uninterrupted run's.
@@ -71,7 +107,8 @@ class LossSinceLastLog(TrainerCallback, ExportableState):
         if not hasattr(self.trainer, "_tr_loss"):
             return {"args": {}, "attributes": {}}
         sums = {"tr_loss": self.trainer._tr_loss.item(), "last_logged": self.trainer._globalstep_last_logged}
-        return {"args": {}, "attributes": sums}
+        balance = self.trainer.balance_loss.sums
+        return {"args": {}, "attributes": sums | {"balance": None if balance is None else balance.tolist()}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,6 +120,8 @@ class LossSinceLastLog(TrainerCallback, ExportableState):
         if state.global_step and attributes:
             self.trainer._tr_loss.fill_(attributes["tr_loss"])
             self.trainer._globalstep_last_logged = attributes["last_logged"]
+            if attributes.get("balance"):
+                self.trainer.balance_loss.sums = torch.tensor(attributes["balance"])
 
 
 class PrintLog(TrainerCallback):
@@ -116,6 +155,7 @@ class PrintLog(TrainerCallback):
                 f"step {state.global_step:>6}/{state.max_steps}",
                 f"loss {logs['loss']:.3f}",
                 f"{logs['bits_per_byte']:.3f} bits/byte",
+                *([f"balance {logs['balance_loss']:.3f}"] if "balance_loss" in logs else []),
                 f"lr {logs['learning_rate']:.2e}",
                 f"{logs['tokens_per_second']:,.0f} tok/s",
             ]

@@ -15,8 +15,12 @@ from torch import nn
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan, kellerjordan.github.io/posts/muon
 
 
-# Norms, biases, the residual weights and A scale or shift; pulling them to zero is not what weight decay is for.
+# Norms, biases, the residual weights and A scale or shift; pulling them to zero is not what weight decay is for. The
+# tables of experts are weights like those of the SwiGLU, row e of each being hidden unit e, and decay as these do.
 _NO_DECAY = ("norm.weight", "layernorm.weight", ".bias", "_residual", ".A")
+# Matrices in the layers that are not for Muon. It gives all directions of a matrix moves of one size; but the rows of
+# the tables are experts on their own, most of which a batch moves little, and the others' outputs are scores.
+_NO_MUON = ("down_embed.weight", "up_embed.weight", "router_gate.weight", "dt_proj.weight")
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:
@@ -103,12 +107,15 @@ def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
 def parameter_groups(
     model: nn.Module, weight_decay: float, learning_rate: float, muon_learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Groups for :class:`MuonAdamW`: matrices inside the layers to Muon, embeddings, scores and vectors to AdamW."""
+    """Groups for :class:`MuonAdamW`: matrices inside the layers to Muon, all else to AdamW.
+
+    That is embeddings, tables of experts, what makes scores (of keys, of experts), and vectors.
+    """
     decayed = set(decayed_parameters(model))
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "decayed": [], "other": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            inside = ".layers." in name and p.dim() == 2 and not name.endswith("dt_proj.weight")
+            inside = ".layers." in name and p.dim() == 2 and not name.endswith(_NO_MUON)
             groups["muon" if inside else "decayed" if name in decayed else "other"].append(p)
     return [
         {"params": groups["muon"], "muon": True, "lr": muon_learning_rate, "weight_decay": weight_decay},

@@ -22,7 +22,7 @@ from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..models import SIZES, DogeForCausalLM, config_for, load_model
 from .arguments import PretrainArguments
-from .callbacks import CompletePrompts, LossSinceLastLog, PrintLog, SaveOnInterrupt
+from .callbacks import BalanceLoss, CompletePrompts, LossSinceLastLog, PrintLog, SaveOnInterrupt
 from .checkpoints import checkpoint_name, newest, seal
 from .estimates import flops_per_token, peak_flops, training_bytes
 from .optimizer import decayed_parameters, make_optimizer
@@ -139,6 +139,7 @@ class PretrainTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.run = run
         self.last_log = (0, 0.0)  # step and time; LossSinceLastLog sets them when training begins
+        self.balance_loss = BalanceLoss()
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return decayed_parameters(model)
@@ -150,16 +151,30 @@ class PretrainTrainer(Trainer):
             self.optimizer = make_optimizer(target, args)
         return super().create_optimizer(model)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, {**inputs, "skip_logits": True}, *args, **kwargs)
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        found = super().compute_loss(model, {**inputs, "skip_logits": True}, True, num_items_in_batch)
+        loss, outputs = found
+        if model.training and outputs.get("aux_loss") is not None:
+            self.balance_loss.add(outputs["aux_loss"], inputs["labels"], num_items_in_batch)
+        return found if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add bits per byte, tokens/s and model FLOP utilisation to the Trainer's own entries."""
+        """Add bits per byte, tokens/s and model FLOP utilisation to the Trainer's own entries.
+
+        Of a model with experts also the balance loss, which is in the loss but not in bits per byte.
+        """
         now = time.time()
         if "loss" in logs:
             step, since = self.last_log
             rate = self.run.tokens_per_step * (self.state.global_step - step) / max(now - since, 1e-9)
-            logs["bits_per_byte"] = logs["loss"] / math.log(2) / self.run.bytes_per_token
+            model: Any = self.model
+            cross_entropy, balance_loss = logs["loss"], self.balance_loss.take(self.accelerator.gather)
+            if balance_loss is not None:
+                logs["balance_loss"] = balance_loss
+                cross_entropy -= model.config.router_aux_loss_coef * balance_loss
+            logs["bits_per_byte"] = cross_entropy / math.log(2) / self.run.bytes_per_token
             logs["tokens_per_second"] = rate
             if self.run.peak_flops:
                 logs["mfu"] = rate * self.run.flops_per_token / self.run.peak_flops / self.args.world_size
@@ -180,6 +195,16 @@ class PretrainTrainer(Trainer):
 
 
 def _model(args: Any, data: PackedTokens, tokenizer: Any) -> DogeForCausalLM:
+    """The model to train, with the balance loss counting for what the recipe says."""
+    model = _fresh_or_from_a_folder(args, data, tokenizer)
+    if args.router_aux_loss_coef is not None:
+        if not model.config.is_moe:
+            raise UserError(f"router_aux_loss_coef is {args.router_aux_loss_coef}, and {args.model} has no experts")
+        model.config.router_aux_loss_coef = args.router_aux_loss_coef
+    return model
+
+
+def _fresh_or_from_a_folder(args: Any, data: PackedTokens, tokenizer: Any) -> DogeForCausalLM:
     """A fresh model of a size, or the one in a folder, fitting the vocabulary of the data."""
     vocab_size = data.manifest["vocab_size"]
     data.check_tokenizer(args.tokenizer)
