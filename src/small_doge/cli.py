@@ -19,6 +19,8 @@ _STAGES = {
     "tokenizer": ("data.tokenizer", "TokenizerRecipe", "train_tokenizer", "train a tokenizer on a corpus", ()),
     "prepare": ("data.packing", "PrepareRecipe", "prepare", "encode a corpus into packed rows of tokens", ()),
     "pretrain": ("training.pretrain", "PretrainArguments", "pretrain", "train a model on packed tokens", ()),
+    "sft": ("training.sft", "SFTArguments", "sft", "teach a pretrained model to answer, from conversations", ()),
+    "dpo": ("training.dpo", "DPOArguments", "dpo", "teach it which of two replies is preferred", ()),
     "evaluate": (
         "evaluation.evaluate",
         "EvaluateRecipe",
@@ -41,6 +43,7 @@ _STAGES = {
         ("model", "output_dir"),
     ),
     "generate": ("inference.generate", "GenerateRecipe", "generate", "complete a prompt", ("prompt",)),
+    "chat": ("inference.chat", "ChatRecipe", "chat", "talk with a model that has been taught to answer", ("model",)),
     "info": ("inference.info", "InfoRecipe", "info", "a model's size, state and attention path", ("model",)),
     "report": ("report.page", "ReportRecipe", "report", "one page about a run", ("run_dir",)),
 }

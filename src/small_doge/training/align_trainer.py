@@ -1,0 +1,190 @@
+"""TRL's trainers with our balance loss, sealed checkpoints, exact held-out figures and a log that survives Ctrl-C."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..artifacts import duration
+from ..errors import UserError
+from .align_arguments import peft_config
+from .callbacks import BalanceLoss, PrintLog
+from .checkpoints import checkpoint_name, seal
+from .optimizer import decayed_parameters
+
+
+class AlignTrainer:
+    """What goes before ``SFTTrainer`` and ``DPOTrainer`` in the order of inheritance.
+
+    A subclass has its loss in training, with the balance loss of experts in it (:meth:`training_loss`), and says what
+    of a held-out example is summed (:meth:`examples`) into figures (:meth:`held_out_figures`): TRL averages batches,
+    whatever they hold.
+    """
+
+    model: Any
+    args: Any
+    accelerator: Any
+    state: Any
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
+
+    def __init__(self, model: Any, args: Any, **options: Any):
+        config, coefficient = model.config, args.router_aux_loss_coef
+        told = (config.router_aux_loss_coef, config.output_router_logits)
+        args.router_aux_loss_coef = 0.0  # so that TRL adds no balance loss of another model; it writes it to the config
+        args.use_cache = config.use_cache  # the Trainer writes that to the config too; TRL's forward uses none anyway
+        try:
+            super().__init__(model=model, args=args, peft_config=peft_config(args), **options)  # type: ignore[call-arg]
+        except ValueError as error:
+            if args.lora_r is not None and "target modules" in str(error).lower():
+                raise UserError(
+                    f"`lora_target_modules` is {args.lora_target_modules}, expected names of matrices of the model"
+                ) from error
+            raise
+        finally:
+            config.router_aux_loss_coef, config.output_router_logits = told
+            args.router_aux_loss_coef = coefficient
+        self.balance_loss = BalanceLoss()
+        self.last_log = (0, 0.0)  # step and time; LossSinceLastLog sets them when training begins
+        self.tokens_at_last_log = 0
+        self._sums: torch.Tensor | None = None
+
+    def training_loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
+        """The loss of a micro-batch; what the balance loss was is for ``self.balance_loss``."""
+        raise NotImplementedError
+
+    def examples(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """(B, n) terms of each held-out example of a batch, from what TRL's forward returned."""
+        raise NotImplementedError
+
+    def held_out_figures(self, sums: list[float]) -> dict[str, float]:
+        """Figures of all held-out examples from the sums of :meth:`examples`."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not model.training:
+            kept = Kept(model)
+            loss = super().compute_loss(kept, inputs)  # type: ignore[misc]
+            # without the examples that make up the last batch where processes must have equal ones
+            sums = self.accelerator.gather_for_metrics(self.examples(kept.output, inputs).double()).sum(dim=0)
+            self._sums = sums if self._sums is None else self._sums + sums
+            return loss
+        return self.training_loss(model, inputs, num_items_in_batch)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._sums = None
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        assert self._sums is not None
+        figures = self.held_out_figures(self._sums.tolist())
+        output.metrics.update({f"eval_{name}": value for name, value in figures.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens/s, padding not counted, and the balance loss to TRL's entries."""
+        if "loss" in logs:
+            tokens = self._total_train_tokens - self.tokens_at_last_log
+            logs["tokens_per_second"] = tokens / max(time.time() - self.last_log[1], 1e-9)
+            balance_loss = self.balance_loss.take(self.accelerator.gather)
+            if balance_loss is not None:
+                logs["balance_loss"] = balance_loss
+        super().log(logs, start_time)  # type: ignore[misc]
+        self.tokens_at_last_log = self._total_train_tokens
+        self.last_log = (self.state.global_step, time.time())  # so that evaluation is not counted as training time
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        return decayed_parameters(model)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(Path(str(self.args.output_dir), checkpoint_name(self.state.global_step)))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's README would stand in every run's folder; ours comes from what was measured."""
+
+    def _send_telemetry(self) -> None:
+        """A run tells nobody that it runs."""
+
+
+class Kept:
+    """A model that keeps what it returned last, for figures that TRL does not make of it."""
+
+    def __init__(self, model: Any):
+        self.model, self.output = model, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.output = self.model(*args, **kwargs)
+        return self.output
+
+
+class AlignState(TrainerCallback, ExportableState):
+    """Carries what TRL averages between two lines of the log through a checkpoint, and its count of tokens."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+
+    def state(self) -> dict[str, Any]:
+        """What ``trainer_state.json`` keeps; empty before there is a trainer."""
+        if self.trainer is None:
+            return {"args": {}, "attributes": {}}
+        metrics = {name: list(values) for name, values in self.trainer._metrics["train"].items()}
+        tokens = (self.trainer._total_train_tokens, self.trainer.tokens_at_last_log)
+        return {"args": {}, "attributes": {"metrics": metrics, "tokens": tokens}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        callbacks: Any = state.stateful_callbacks or {}
+        saved = callbacks.get(type(self).__name__, {})
+        attributes = saved.get("attributes") if isinstance(saved, dict) else None
+        if state.global_step and attributes:
+            self.trainer._metrics["train"].update(attributes["metrics"])
+            self.trainer._total_train_tokens, self.trainer.tokens_at_last_log = attributes["tokens"]
+
+
+class PrintAlignLog(PrintLog):
+    """One readable line a log entry, with the time left."""
+
+    # what TRL logs → how it is shown
+    SHOWN = {  # noqa: RUF012
+        "mean_token_accuracy": "token accuracy {:.3f}",
+        "rewards/accuracies": "reward accuracy {:.3f}",
+        "rewards/margins": "margin {:.3f}",
+        "balance_loss": "balance {:.3f}",
+        "learning_rate": "lr {:.2e}",
+        "tokens_per_second": "{:,.0f} tok/s",
+    }
+
+    def __init__(self, figures: dict[str, str]) -> None:
+        super().__init__()
+        self.figures = figures
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            if state.global_step == self._begun[0]:  # the look before the first step is not time spent on steps
+                self._begun = (state.global_step, time.perf_counter())
+            print("  " + ", ".join(f"{words} {logs[name]:.3f}" for name, words in self.figures.items()), flush=True)
+        elif "loss" in logs:
+            first, since = self._begun
+            per_step = (time.perf_counter() - since) / max(1, state.global_step - first)
+            parts = [f"step {state.global_step:>6}/{state.max_steps}", f"loss {logs['loss']:.3f}"]
+            parts += [words.format(logs[name]) for name, words in self.SHOWN.items() if name in logs]
+            parts.append(f"{duration(per_step * (state.max_steps - state.global_step))} left")
+            print("  ".join(parts), flush=True)
