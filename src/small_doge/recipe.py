@@ -43,6 +43,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+def described(text: str, default: Any = None) -> Any:
+    """A dataclass field with its help text; of a list every instance gets its own copy."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 class Word(str):
     """A value as typed on the command line: what it means depends on the type of its field."""
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import artifacts
 from ..errors import UserError
-from ..recipe import plain
+from ..recipe import described, plain
 from .recall_results import as_csv, brief, name_of, picture, table
 from .recall_task import Filler, RecallRows, at_queries, measure, recall_rows, tasks
 
@@ -30,48 +30,42 @@ SECONDS_BETWEEN_LINES = 10.0
 _SHORT = ("length", "pairs", "accuracy", "loss")  # what the history keeps of a row
 
 
-def _help(text: str, default: Any = None) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-# ruff: noqa: RUF009 - _help makes dataclass fields
+# ruff: noqa: RUF009 - described makes dataclass fields
 @dataclass
 class RecallRecipe:
     """One model on one task; names of the model's fields are transformers'."""
 
     output_dir: str = field(metadata={"help": "folder for the results, the picture and the trained model"})
-    model: str = _help("doge or llama to train one, or a model folder, which is measured as it is", "doge")
-    lengths: list = _help("positions of a row that accuracy is measured at", [256])
-    pairs: list = _help(
+    model: str = described("doge or llama to train one, or a model folder, which is measured as it is", "doge")
+    lengths: list = described("positions of a row that accuracy is measured at", [256])
+    pairs: list = described(
         "key-value pairs of a row; below 1, that share of the length (at most a quarter)", [0.125, 0.25]
     )
-    train_lengths: list | None = _help("lengths to learn from (default: see curriculum)")
-    train_pairs: list | None = _help("numbers of pairs to learn from (default: as measured)")
-    vocab_size: int | None = _help("half keys, half values (default: 8192, or what a model folder has)")
-    power_a: float = _help("gaps before the queries have weight gap^(power_a − 1); 0.01 is Zoology's", 0.01)
-    filler: Filler = _help("what stands where nothing is asked: random or padding", "random")
-    hidden_size: int = _help("width of the model", 64)
-    intermediate_size: int | None = _help("width of its SwiGLU (default: twice hidden_size)")
-    num_hidden_layers: int = _help("layers", 2)
-    num_attention_heads: int = _help("heads", 2)
-    keep_window_size: int | None = _help("keys a query of Doge keeps (default: all of the longest row)")
-    local_window: int = _help("last keys that Doge keeps whatever their score", 0)
-    steps: int = _help("optimiser steps", 1500)
-    tokens_per_step: int = _help("positions a step sees, in rows of one length", 4096)
-    learning_rate: float = _help("AdamW's peak rate", 3e-3)
-    weight_decay: float = _help("on matrices only", 0.1)
-    curriculum: bool = _help(
+    train_lengths: list | None = described("lengths to learn from (default: see curriculum)")
+    train_pairs: list | None = described("numbers of pairs to learn from (default: as measured)")
+    vocab_size: int | None = described("half keys, half values (default: 8192, or what a model folder has)")
+    power_a: float = described("gaps before the queries have weight gap^(power_a − 1); 0.01 is Zoology's", 0.01)
+    filler: Filler = described("what stands where nothing is asked: random or padding", "random")
+    hidden_size: int = described("width of the model", 64)
+    intermediate_size: int | None = described("width of its SwiGLU (default: twice hidden_size)")
+    num_hidden_layers: int = described("layers", 2)
+    num_attention_heads: int = described("heads", 2)
+    keep_window_size: int | None = described("keys a query of Doge keeps (default: all of the longest row)")
+    local_window: int = described("last keys that Doge keeps whatever their score", 0)
+    steps: int = described("optimiser steps", 1500)
+    tokens_per_step: int = described("positions a step sees, in rows of one length", 4096)
+    learning_rate: float = described("AdamW's peak rate", 3e-3)
+    weight_decay: float = described("on matrices only", 0.1)
+    curriculum: bool = described(
         "learn short rows first (by default the measured tasks halved, pairs too, down to 16 positions); the longer "
         "ones join during the first half of the steps",
         True,
     )
-    measurements: int = _help("how often accuracy is measured during training", 10)
-    stop_at: float | None = _help("stop training once every task's held-out accuracy is this (default: never)")
-    test_rows: int = _help("held-out rows of each length and number of pairs", 256)
-    bf16: bool = _help("train in bfloat16 autocast", False)
-    seed: int = _help("seed of the weights and of all rows", 233)
+    measurements: int = described("how often accuracy is measured during training", 10)
+    stop_at: float | None = described("stop training once every task's held-out accuracy is this (default: never)")
+    test_rows: int = described("held-out rows of each length and number of pairs", 256)
+    bf16: bool = described("train in bfloat16 autocast", False)
+    seed: int = described("seed of the weights and of all rows", 233)
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "steps", "tokens_per_step"):

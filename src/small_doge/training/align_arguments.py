@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from .. import artifacts
-from .arguments import _WATCHING, _help
+from ..recipe import described
+from .arguments import WATCHING
 
-# ruff: noqa: RUF009 - _help makes dataclass fields
+# ruff: noqa: RUF009 - described makes dataclass fields
 
 NEEDS_TRL = 'this stage needs TRL 1.16, which runs on Python 3.11 or newer: `pip install "small-doge[align]"`'
 
 # Fields of TRL that say how data are read or where the model is, beside those of a pretraining run.
-_WATCHING_TOO = {"model", "dataset_num_proc", "precompute_ref_batch_size"}
+ALSO_WATCHING = {"model", "dataset_num_proc", "precompute_ref_batch_size"}
 
 
 @dataclass
@@ -28,42 +29,44 @@ class AlignArguments:
         ValueError: for a missing ``model``, ``data`` or ``output_dir``, or values out of range.
     """
 
-    model: str | None = _help("model folder to start from, with its tokenizer")
-    data: Any = _help("what to learn from: a path, a Hub data set as a mapping, or a list of these with weights")
-    eval_data: Any = _help("held-out data; null holds out a part of `data`")
-    validation_fraction: float = _help("share of `data` held out where there is no `eval_data`", 0.01)
-    eval_rows: int = _help("held-out examples looked at, spread evenly", 512)
-    output_dir: str | None = _help("folder for checkpoints and the finished model")
-    tokens_per_step: int | None = _help(
+    model: str | None = described("model folder to start from, with its tokenizer")
+    data: Any = described("what to learn from: a path, a Hub data set as a mapping, or a list of these with weights")
+    eval_data: Any = described("held-out data; null holds out a part of `data`")
+    validation_fraction: float = described("share of `data` held out where there is no `eval_data`", 0.01)
+    eval_rows: int = described("held-out examples looked at, spread evenly", 512)
+    output_dir: str | None = described("folder for checkpoints and the finished model")
+    tokens_per_step: int | None = described(
         "tokens an optimiser step sees over all devices, an example counting as `max_length`; sets accumulation"
     )
-    min_lr_ratio: float = _help("learning rate at the end, as a share of the peak", 0.1)
-    lora_r: int | None = _help("rank of LoRA adapters, merged into the weights at the end; null trains all weights")
-    lora_alpha: float = _help("LoRA's α: adapters count α / r", 16)
-    lora_dropout: float = _help("dropout before LoRA's adapters", 0.0)
-    lora_target_modules: list[str] = _help(
+    min_lr_ratio: float = described("learning rate at the end, as a share of the peak", 0.1)
+    lora_r: int | None = described("rank of LoRA adapters, merged into the weights at the end; null trains all weights")
+    lora_alpha: float = described("LoRA's α: adapters count α / r", 16)
+    lora_dropout: float = described("dropout before LoRA's adapters", 0.0)
+    lora_target_modules: list[str] = described(
         "names of the matrices that get adapters",
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     )
 
-    num_train_epochs: float = _help("times every example is seen", 2.0)
+    num_train_epochs: float = described("times every example is seen", 2.0)
     # The one of transformers' two that warms up from peak / warmup steps: no step is spent at a rate of 0, and none
     # before the peak at more than its share. warmup_stable_decay would begin at min_lr_ratio · peak.
-    lr_scheduler_type: str = _help("warmup and cosine", "cosine_warmup_with_min_lr")
-    warmup_steps: float = _help("steps of linear warmup; below 1, that share of all steps", 0.1)
-    weight_decay: float = _help("on matrices and embeddings only", 0.01)
-    seed: int = _help("seed of the order of examples and of dropout", 233)
-    bf16: bool | None = _help("mixed precision in bfloat16; null where a GPU has it", None)
-    gradient_checkpointing: bool = _help("compute activations twice to save memory", False)
-    eval_strategy: str = _help("when to look at held-out examples: no, steps or epoch", "steps")
-    eval_steps: float | None = _help("steps between looks; below 1, that share of all steps", 0.1)
-    logging_steps: float = _help("steps between lines of the training log", 10)
-    logging_nan_inf_filter: bool = _help("hide NaN losses from the log, at the price of a sync every step", False)
-    save_steps: float = _help("steps between checkpoints", 500)
-    save_total_limit: int | None = _help("checkpoints kept", 2)
-    ddp_find_unused_parameters: bool | None = _help("no parameter is ever without a gradient, experts included", False)
-    disable_tqdm: bool | None = _help("the log prints the time left itself", True)
-    prediction_loss_only: bool = _help("held-out figures need no logits", True)
+    lr_scheduler_type: str = described("warmup and cosine", "cosine_warmup_with_min_lr")
+    warmup_steps: float = described("steps of linear warmup; below 1, that share of all steps", 0.1)
+    weight_decay: float = described("on matrices and embeddings only", 0.01)
+    seed: int = described("seed of the order of examples and of dropout", 233)
+    bf16: bool | None = described("mixed precision in bfloat16; null where a GPU has it", None)
+    gradient_checkpointing: bool = described("compute activations twice to save memory", False)
+    eval_strategy: str = described("when to look at held-out examples: no, steps or epoch", "steps")
+    eval_steps: float | None = described("steps between looks; below 1, that share of all steps", 0.1)
+    logging_steps: float = described("steps between lines of the training log", 10)
+    logging_nan_inf_filter: bool = described("hide NaN losses from the log, at the price of a sync every step", False)
+    save_steps: float = described("steps between checkpoints", 500)
+    save_total_limit: int | None = described("checkpoints kept", 2)
+    ddp_find_unused_parameters: bool | None = described(
+        "no parameter is ever without a gradient, experts included", False
+    )
+    disable_tqdm: bool | None = described("the log prints the time left itself", True)
+    prediction_loss_only: bool = described("held-out figures need no logits", True)
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "output_dir"):
@@ -102,7 +105,7 @@ def settings_of(args: Any) -> dict[str, Any]:
     # Making arguments sets up devices for the whole process, so these are made for the same ones.
     same = {"use_cpu": args.use_cpu, "ddp_backend": args.ddp_backend}
     default = type(args)(model="-", data="-", output_dir="-", **same).to_dict()
-    watching = (_WATCHING | _WATCHING_TOO) - {"data"}
+    watching = (WATCHING | ALSO_WATCHING) - {"data"}
     mine = {k: v for k, v in args.to_dict().items() if k not in watching and v != default[k]}
     weights = sorted(Path(args.model).glob("*.safetensors"))
     return {**mine, "bf16": args.bf16, "model_sha256": artifacts.sha256(*weights) if weights else args.model}

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
 from ..data.packing import PackedTokens
+from ..recipe import described
 
-# ruff: noqa: RUF009 - _help makes dataclass fields
+# ruff: noqa: RUF009 - described makes dataclass fields
 
 # Fields that say how a run is watched or where it is, not what it computes; they may change when it is resumed.
-_WATCHING = {
+WATCHING = {
     *("output_dir", "report_to", "run_name", "project", "disable_tqdm", "logging_dir", "log_level", "save_steps"),
     *("save_total_limit", "save_strategy", "dataloader_num_workers", "sample_prompts", "sample_at", "sample_tokens"),
     *("use_cpu", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("data", "tokenizer", "local_rank", "resume_from_checkpoint"),
     "max_minutes",  # becomes steps once, when the run begins
 }
-
-
-def _help(text: str, default: Any = None) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -35,45 +30,49 @@ class PretrainArguments(TrainingArguments):
         ValueError: for a missing ``data`` or ``tokenizer``, or values out of range.
     """
 
-    model: str = _help(
+    model: str = described(
         "size to start afresh (tiny, 20m, 60m, 160m, 320m; with experts 40m-moe, 180m-moe, 600m-moe, 1.6b-moe), or a "
         "model folder to start from",
         "20m",
     )
-    data: str | None = _help("folder that `doge prepare` wrote")
-    tokenizer: str | None = _help("folder that `doge tokenizer` wrote; the tokenizer the data was made with")
-    output_dir: str | None = _help("folder for checkpoints and the finished model")
-    keep_window_size: int | None = _help("keys a query keeps (w); null takes the model's own")
-    router_aux_loss_coef: float | None = _help(
+    data: str | None = described("folder that `doge prepare` wrote")
+    tokenizer: str | None = described("folder that `doge tokenizer` wrote; the tokenizer the data was made with")
+    output_dir: str | None = described("folder for checkpoints and the finished model")
+    keep_window_size: int | None = described("keys a query keeps (w); null takes the model's own")
+    router_aux_loss_coef: float | None = described(
         "what the balance loss of experts counts in the training loss; null takes the model's own"
     )
-    tokens_per_step: int | None = _help("tokens an optimiser step sees over all devices; sets gradient accumulation")
-    max_minutes: float | None = _help("train for so long: a few steps are timed and max_steps follows")
-    decay_steps: float = _help("steps of the final decay; below 1, that share of all steps", 0.2)
-    decay_type: str = _help("shape of the decay: linear, cosine or 1-sqrt", "1-sqrt")
-    min_lr_ratio: float = _help("learning rate before warmup and after decay, as a share of the peak", 0.0)
-    eval_rows: int = _help("validation rows looked at during training, spread evenly over the split", 256)
-    sample_prompts: list[str] = _help("prompts completed during training, for the report", [])
-    sample_at: list[float] = _help("when to complete them, as shares of all steps", [0.02, 0.25, 1.0])
-    sample_tokens: int = _help("tokens of each completion", 48)
+    tokens_per_step: int | None = described(
+        "tokens an optimiser step sees over all devices; sets gradient accumulation"
+    )
+    max_minutes: float | None = described("train for so long: a few steps are timed and max_steps follows")
+    decay_steps: float = described("steps of the final decay; below 1, that share of all steps", 0.2)
+    decay_type: str = described("shape of the decay: linear, cosine or 1-sqrt", "1-sqrt")
+    min_lr_ratio: float = described("learning rate before warmup and after decay, as a share of the peak", 0.0)
+    eval_rows: int = described("validation rows looked at during training, spread evenly over the split", 256)
+    sample_prompts: list[str] = described("prompts completed during training, for the report", [])
+    sample_at: list[float] = described("when to complete them, as shares of all steps", [0.02, 0.25, 1.0])
+    sample_tokens: int = described("tokens of each completion", 48)
 
-    learning_rate: float = _help("peak learning rate (published: 8e-3 at 20M to 2e-3 at 320M)", 8e-3)
-    lr_scheduler_type: str = _help("warmup, stable, decay", "warmup_stable_decay")
-    muon_learning_rate: float | None = _help(
+    learning_rate: float = described("peak learning rate (published: 8e-3 at 20M to 2e-3 at 320M)", 8e-3)
+    lr_scheduler_type: str = described("warmup, stable, decay", "warmup_stable_decay")
+    muon_learning_rate: float | None = described(
         "peak learning rate of Muon for the matrices in the layers; null trains everything with AdamW"
     )
-    warmup_steps: float = _help("steps of linear warmup; below 1, that share of all steps", 0.1)
-    weight_decay: float = _help("on matrices and embeddings only", 0.01)
-    adam_beta2: float = _help("AdamW's β₂", 0.95)
-    seed: int = _help("seed of the weights, the order of rows and dropout", 233)
-    logging_steps: float = _help("steps between lines of the training log", 10)
-    logging_nan_inf_filter: bool = _help("hide NaN losses from the log, at the price of a sync every step", False)
-    save_steps: float = _help("steps between checkpoints", 500)
-    save_total_limit: int | None = _help("checkpoints kept", 2)
-    ddp_find_unused_parameters: bool | None = _help("no parameter is ever without a gradient, experts included", False)
-    disable_tqdm: bool | None = _help("the log prints the time left itself", True)
-    remove_unused_columns: bool = _help("rows hold just what the model takes", False)
-    prediction_loss_only: bool = _help("validation needs no logits", True)
+    warmup_steps: float = described("steps of linear warmup; below 1, that share of all steps", 0.1)
+    weight_decay: float = described("on matrices and embeddings only", 0.01)
+    adam_beta2: float = described("AdamW's β₂", 0.95)
+    seed: int = described("seed of the weights, the order of rows and dropout", 233)
+    logging_steps: float = described("steps between lines of the training log", 10)
+    logging_nan_inf_filter: bool = described("hide NaN losses from the log, at the price of a sync every step", False)
+    save_steps: float = described("steps between checkpoints", 500)
+    save_total_limit: int | None = described("checkpoints kept", 2)
+    ddp_find_unused_parameters: bool | None = described(
+        "no parameter is ever without a gradient, experts included", False
+    )
+    disable_tqdm: bool | None = described("the log prints the time left itself", True)
+    remove_unused_columns: bool = described("rows hold just what the model takes", False)
+    prediction_loss_only: bool = described("validation needs no logits", True)
 
     def __post_init__(self) -> None:
         for name in ("data", "tokenizer", "output_dir"):
@@ -109,6 +108,6 @@ class PretrainArguments(TrainingArguments):
         """What this run computes, as plain values: fields that differ from their defaults, and the data."""
         # Made for the same device: these arguments, too, set up the processes that the run is on.
         default = PretrainArguments(output_dir="-", data="-", tokenizer="-", use_cpu=self.use_cpu).to_dict()
-        mine = {k: v for k, v in self.to_dict().items() if k not in _WATCHING and v != default[k]}
+        mine = {k: v for k, v in self.to_dict().items() if k not in WATCHING and v != default[k]}
         hashes = {name: split["sha256"] for name, split in data.manifest["splits"].items()}
         return {**mine, "model": self.model, "data_sha256": hashes}

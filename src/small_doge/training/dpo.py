@@ -11,10 +11,10 @@ import torch
 from ..data.preferences import encode_preferences, read_preferences
 from ..errors import UserError
 from ..ops.linear_cross_entropy import IGNORED
+from ..recipe import described
 from .align import Stage, align, two_sides
 from .align_arguments import NEEDS_TRL, AlignArguments
 from .align_trainer import AlignTrainer
-from .arguments import _help
 
 try:
     from trl import DPOConfig, DPOTrainer
@@ -26,9 +26,9 @@ except ImportError:
 class DPOArguments(AlignArguments, DPOConfig):  # type: ignore[misc]  # null means more here
     """A recipe for preference optimisation: our fields, and every field of TRL's DPOConfig."""
 
-    learning_rate: float = _help("peak learning rate (published: 8e-5 at 20M to 2e-5 at 320M)", 8e-5)
-    max_length: int | None = _help("tokens of a prompt with its longer reply", 1024)
-    precompute_ref_log_probs: bool = _help(
+    learning_rate: float = described("peak learning rate (published: 8e-5 at 20M to 2e-5 at 320M)", 8e-5)
+    max_length: int | None = described("tokens of a prompt with its longer reply", 1024)
+    precompute_ref_log_probs: bool = described(
         "compute the reference's log-probabilities before training, so that it is not in memory during it", True
     )
 

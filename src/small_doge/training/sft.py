@@ -18,10 +18,10 @@ from transformers import Trainer
 from ..data.conversations import encode_conversations, read_conversations
 from ..errors import UserError
 from ..ops.linear_cross_entropy import IGNORED
+from ..recipe import described
 from .align import Stage, align, two_sides
 from .align_arguments import NEEDS_TRL, AlignArguments
 from .align_trainer import AlignTrainer
-from .arguments import _help
 
 try:
     from trl import SFTConfig, SFTTrainer, pack_dataset
@@ -33,9 +33,9 @@ except ImportError:
 class SFTArguments(AlignArguments, SFTConfig):  # type: ignore[misc]  # null means more here
     """A recipe for supervised fine-tuning: our fields, and every field of TRL's SFTConfig."""
 
-    learning_rate: float = _help("peak learning rate (published: 8e-4 at 20M to 2e-4 at 320M)", 8e-4)
-    max_length: int | None = _help("tokens of a row; longer conversations are cut at a turn", 2048)
-    packing: bool = _help("several conversations to a row; false pads one to the longest of its batch", True)
+    learning_rate: float = described("peak learning rate (published: 8e-4 at 20M to 2e-4 at 320M)", 8e-4)
+    max_length: int | None = described("tokens of a row; longer conversations are cut at a turn", 2048)
+    packing: bool = described("several conversations to a row; false pads one to the longest of its batch", True)
 
 
 def sft(args: SFTArguments) -> Path:
