@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# A stamp says that its extra is installed as pyproject.toml and constraints.txt ask now. `dev` holds all of `train`.
-TRAIN := $(VENV)/.installed-train
+# A stamp says that its extra is installed as pyproject.toml and constraints.txt ask now: `align`, which holds all of
+# `train`, and `dev`, which holds all of both.
+TRAIN := $(VENV)/.installed-align
 DEV := $(VENV)/.installed-dev
 # Which checkout the environment was made for: one that was copied or moved still runs the code of the old place.
 PLACE := $(VENV)/.checkout
@@ -15,7 +16,7 @@ PLACE := $(VENV)/.checkout
 .PHONY: help demo test lint clean moved
 
 help:
-	@echo "make demo   train, evaluate and report on a tiny Doge on this machine, into runs/demo"
+	@echo "make demo   train, teach, evaluate and report on a tiny Doge on this machine, into runs/demo"
 	@echo "make test   check the code with ruff and run the tests"
 	@echo "make lint   ruff check, ruff format --check, mypy"
 	@echo "make clean  remove caches and build products (keeps .venv and runs/)"
@@ -60,7 +61,7 @@ fi
 endef
 
 $(TRAIN): pyproject.toml constraints.txt
-	$(call install,train)
+	$(call install,align)
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 STAGE_OF = {"tokenizer": "tokenizer", "prepare": "prepare", "pretrain": "pretrain"}
 STAGE_OF |= {"evaluate": "evaluate", "report": "report", "sft": "sft", "dpo": "dpo"}
+STAGE_OF |= {"questions": "questions", "answers": "answers"}
 
 
 def doge(*words, **options):

@@ -1,5 +1,7 @@
 """The whole way, small: the demo, run again, stopped by a real Ctrl-C, and its model used as a user would."""
 
+import html
+import importlib.util
 import json
 import os
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from small_doge.artifacts import sha256
 from small_doge.demo import DemoRecipe, demo
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +21,10 @@ SMALLER = {
     "tokenizer": {"corpus": {"name": "stdlib", "parts": ["topics"]}, "vocab_size": 600, "validation_fraction": 0.1},
     "prepare": {"corpus": {"name": "stdlib", "parts": ["topics"]}, "row_length": 64, "validation_fraction": 0.1},
     "pretrain": {"max_steps": 24, "logging_steps": 4, "eval_steps": 12, "save_steps": 10, "tokens_per_step": 512},
+    "sft": {"max_steps": 2, "eval_rows": 8},
+    "dpo": {"max_steps": 2, "eval_rows": 8, "max_length": 512, "tokens_per_step": 4096},
     "evaluate": {"max_documents": 2},
+    "answers": {"rows": 8, "asked": 4, "shown": 2, "max_new_tokens": 6},
     "report": {},
 }
 
@@ -48,9 +54,45 @@ def test_it_leaves_a_report_and_every_stage_finished(desk):
     results = json.loads((desk / "run" / "evaluation" / "results.json").read_text())["bits_per_byte"]
     assert {"model", "xz -9", "order-5 n-gram"} <= set(results)
     assert f"{results['model']:.3f}" in page
-    for stage in ("tokenizer", "data", "pretrain", "evaluation"):
+    for stage in ("tokenizer", "data", "pretrain", "questions", "sft", "dpo", "evaluation", "answers"):
         assert (desk / "run" / stage / "stage.json").exists()
     assert not list(desk.rglob("*.partial"))
+
+
+def test_the_report_shows_what_each_model_answers(desk):
+    page = (desk / "run" / "report.html").read_text(encoding="utf-8")
+    found = json.loads((desk / "run" / "answers" / "answers.json").read_text(encoding="utf-8"))
+    assert list(found["figures"]) == ["pretrain", "sft", "dpo"]
+    assert len(found["shown"]) == 2
+    for item in found["shown"]:
+        assert html.escape(item["question"], quote=True) in page
+        assert set(item["answers"]) == {"pretrain", "sft", "dpo"}
+    for figures in found["figures"].values():
+        assert f"{figures['loss']:.3f}" in page
+        assert 0 <= figures["ended"] <= 1
+        assert 0 <= figures["preference_accuracy"] <= 1
+
+
+def test_each_model_is_made_from_the_one_before(desk):
+    run = desk / "run"
+    for stage, before in (("sft", "pretrain"), ("dpo", "sft")):
+        record = json.loads((run / stage / "stage.json").read_text())
+        assert record["settings"]["model_sha256"] == sha256(run / before / "model.safetensors")
+        assert sha256(run / stage / "model.safetensors") != sha256(run / before / "model.safetensors")
+
+
+def test_without_trl_the_model_is_not_taught_to_answer(desk, tmp_path, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "trl" else find_spec(name, *more)
+    )
+    for name in ("tokenizer", "data", "pretrain", "evaluation"):
+        shutil.copytree(desk / "run" / name, tmp_path / "run" / name)
+    demo(DemoRecipe(output_dir=str(tmp_path / "run"), recipes=str(desk / "recipes"), max_minutes=1))
+    assert "TRL is not installed" in capsys.readouterr().out
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "What it answers" not in page
+    assert "doge chat" not in page
 
 
 def test_a_second_run_reuses_the_first(desk):

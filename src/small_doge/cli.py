@@ -19,6 +19,13 @@ _STAGES = {
     "tokenizer": ("data.tokenizer", "TokenizerRecipe", "train_tokenizer", "train a tokenizer on a corpus", ()),
     "prepare": ("data.packing", "PrepareRecipe", "prepare", "encode a corpus into packed rows of tokens", ()),
     "pretrain": ("training.pretrain", "PretrainArguments", "pretrain", "train a model on packed tokens", ()),
+    "questions": (
+        "data.stdlib_chat",
+        "QuestionsRecipe",
+        "write_questions",
+        "questions about the standard library, for sft and dpo",
+        (),
+    ),
     "sft": ("training.sft", "SFTArguments", "sft", "teach a pretrained model to answer, from conversations", ()),
     "dpo": ("training.dpo", "DPOArguments", "dpo", "teach it which of two replies is preferred", ()),
     "evaluate": (
@@ -28,6 +35,7 @@ _STAGES = {
         "bits per byte of text, or a suite of tasks",
         ("model",),
     ),
+    "answers": ("evaluation.answers", "AnswersRecipe", "answers", "what models answer to held-out questions", ()),
     "recall": (
         "evaluation.recall",
         "RecallRecipe",

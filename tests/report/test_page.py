@@ -246,6 +246,31 @@ def test_counts_cut_short_are_named(finished, tmp_path):
         report(ReportRecipe(str(run)))
 
 
+def test_answers_have_a_table_and_the_texts(finished, tmp_path):
+    run = copied(finished, tmp_path)
+    (run / "answers").mkdir()
+    (run / "dpo").mkdir()
+    finish(run / "dpo", "dpo", {}, 60.0)
+    figures = {"loss": 2.5, "ended": 0.984, "preference_accuracy": 0.7125, "chosen_loss": float("nan")}
+    item = {"question": HOSTILE, "docstring": HOSTILE, "answers": {"pretrain": HOSTILE, "dpo": ""}}
+    counts = {"conversations": 256, "pairs": 200, "asked": 128}
+    found = {"figures": {"pretrain": figures, "dpo": {"loss": 2.25}}, "shown": [item], **counts}
+    (run / "answers/answers.json").write_text(json.dumps(found))  # JSON can spell what UTF-8 cannot
+    page = report(ReportRecipe(str(run))).read_text(encoding="utf-8")
+    assert page.count(text(HOSTILE)) == 4  # one of them a sample of pretraining
+    assert "<script" not in page
+    for said in ("<th>Base</th><th>DPO</th>", "2.500", "2.250", "98%", "71.2%", "<td>–</td>", "(nothing)"):
+        assert said in page
+    assert "doge chat --model" in page
+    assert "Teach it to prefer (DPO)" in page
+
+
+def test_a_run_without_answers_does_not_speak_of_them(finished, tmp_path):
+    page = report(ReportRecipe(str(copied(finished, tmp_path)))).read_text(encoding="utf-8")
+    for said in ("What it answers", "doge chat", "SFT", "Write questions"):
+        assert said not in page
+
+
 def write_json_in(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)

@@ -7,7 +7,6 @@ value goes through :func:`text`, and the page forbids scripts and requests to it
 from __future__ import annotations
 
 import base64
-import html
 import json
 import os
 import re
@@ -21,7 +20,9 @@ from ..errors import UserError
 from ..evaluation.picture import scores_figure
 from ..evaluation.results_table import notes, table_rows
 from . import plots
-from .run import STAGES, Run, numbers, read_run, size, summary, verdict
+from .answers import answers_section
+from .markup import table, text
+from .run import OPTIONAL, STAGES, Run, numbers, read_run, size, summary, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,14 +45,15 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: 
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .8rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
-p { max-width: 46rem; } p.lead { font-size: 1.08rem; } .soft { color: var(--soft); font-size: .93rem; }
+p { max-width: 46rem; overflow-wrap: anywhere; } p.lead { font-size: 1.08rem; }
+.soft { color: var(--soft); font-size: .93rem; }
 table { border-collapse: collapse; width: 100%; max-width: 46rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; }
 .wide td { overflow-wrap: normal; }
 th { font-weight: 500; color: var(--soft); width: 45%; }
 .columns th { width: auto; overflow-wrap: normal; }
-td { font-variant-numeric: tabular-nums; }
+td { font-variant-numeric: tabular-nums; } .answers td + td { white-space: nowrap; }
 figure { margin: 1rem 0; } figcaption { max-width: 46rem; color: var(--soft); font-size: .93rem; margin-top: .5rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 4px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .8rem; }
@@ -101,12 +103,6 @@ def report(recipe: ReportRecipe) -> Path:
     print(verdict(run))
     print(f"wrote {output} and {len(figures)} pictures to {run.folder / 'figures'}")
     return output
-
-
-def text(value: Any) -> str:
-    """Any value as text inside HTML or a quoted attribute; characters that HTML does not allow become U+FFFD."""
-    allowed = re.sub("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(value))
-    return html.escape(allowed, quote=True)
 
 
 def _figures(run: Run, sentence: str) -> tuple[dict[str, Figure], str]:
@@ -218,7 +214,7 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
     else:
         comparison = "<p>The model has not been evaluated: there is no evaluation/results.json in this run.</p>"
     sections = [
-        ("Numbers", _table(numbers(run))),
+        ("Numbers", table(numbers(run))),
         ("Time", f"<figure>{picture('stage_times')}</figure>"),
         (
             "Training",
@@ -232,7 +228,8 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
         *([("Experts", _experts(run, figures, picture))] if run.config.get("is_moe") else []),
         ("Attention", f"{''.join(attention)}<p class='soft'>{text(attention_note)}</p>"),
         ("What it writes", _completions(run.samples)),
-        ("Try it", f"<p>Let the model go on from a text of yours:</p><pre>{text(_command(run))}</pre>"),
+        *([("What it answers", answers_section(run.answers))] if run.answers else []),
+        ("Try it", _commands(run)),
         ("Settings and versions", _settings(run)),
     ]
     body = "\n".join(f"<section><h2>{text(title)}</h2>{content}</section>" for title, content in sections)
@@ -307,11 +304,11 @@ def _suites(run: Run, picture: Callable[[str], str]) -> str:
         head, *rows = table_rows(results, [])
         # A column for each model reads better on a narrow page than one for each task.
         cells = zip(head, *rows, strict=True)
-        table = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+        body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in cells)
         items = "".join(f"<li>{text(note)}</li>" for note in notes(results))
         parts.append(
             f"<h3>{text(folder)}</h3><figure>{picture(f'scores_{number}')}</figure>"
-            f"<div class='wide'><table>{table}</table></div><ul class='soft'>{items}</ul>"
+            f"<div class='wide'><table>{body}</table></div><ul class='soft'>{items}</ul>"
         )
     return "".join(parts)
 
@@ -353,32 +350,35 @@ def _completions(samples: list[dict[str, Any]]) -> str:
     return "".join(parts)
 
 
-def _command(run: Run) -> str:
-    model = str(run.folder / "pretrain")
-    quoted = f'"{model}"' if re.search(r"[^\w./\\:-]", model) else model
-    return f'doge generate --model {quoted} --prompt "def area(width, height):"'
+def _commands(run: Run) -> str:
+    def command(stage: str, folder: str, rest: str) -> str:
+        model = str(run.folder / folder)
+        quoted = f'"{model}"' if re.search(r"[^\w./\\:-]", model) else model
+        return f"<pre>{text(f'doge {stage} --model {quoted}{rest}')}</pre>"
+
+    completing = command("generate", "pretrain", ' --prompt "def area(width, height):"')
+    said = f"<p>Let the model go on from a text of yours:</p>{completing}"
+    taught = [name for name in ("dpo", "sft") if name in run.stages]
+    return said + (f"<p>Ask the one that answers:</p>{command('chat', taught[0], '')}" if taught else "")
 
 
 def _settings(run: Run) -> str:
     parts = []
     for name, label in STAGES.items():
         stage = run.stages.get(name)
+        if stage is None and name in OPTIONAL:
+            continue
         if stage is None:
             parts.append(f"<p>{text(label)}: not in this run.</p>")
             continue
         facts = {k: v for k, v in stage.items() if k not in ("stage", "settings", "versions", "seconds")}
         rows = [(k, json.dumps(v, ensure_ascii=False)) for k, v in {**stage.get("settings", {}), **facts}.items()]
-        parts.append(f"<details><summary>{text(label)}</summary>{_table(rows)}</details>")
+        parts.append(f"<details><summary>{text(label)}</summary>{table(rows)}</details>")
     versions = run.stages["pretrain"].get("versions", {})
-    parts.append(f"<details><summary>Versions</summary>{_table(list(versions.items()))}</details>")
+    parts.append(f"<details><summary>Versions</summary>{table(list(versions.items()))}</details>")
     config = [(name, json.dumps(value, ensure_ascii=False)) for name, value in run.config.items()]
-    parts.append(f"<details><summary>Model configuration</summary>{_table(config)}</details>")
+    parts.append(f"<details><summary>Model configuration</summary>{table(config)}</details>")
     return "".join(parts)
-
-
-def _table(rows: list[tuple[str, Any]]) -> str:
-    cells = "".join(f"<tr><th>{text(name)}</th><td>{text(value)}</td></tr>" for name, value in rows)
-    return f"<table>{cells}</table>"
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -18,8 +18,14 @@ STAGES = {
     "tokenizer": "Train the tokenizer",
     "data": "Prepare the data",
     "pretrain": "Train the model",
+    "questions": "Write questions",
+    "sft": "Teach it to answer (SFT)",
+    "dpo": "Teach it to prefer (DPO)",
     "evaluation": "Evaluate",
+    "answers": "Ask the questions",
 }
+OPTIONAL = {"questions", "sft", "dpo", "answers"}
+"""Stages that a run may do without."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Run:
     samples: list[dict[str, Any]]
     results: dict[str, Any]
     suites: dict[str, dict[str, Any]] = field(default_factory=dict)  # results.json of suites, by their folder
+    answers: dict[str, Any] = field(default_factory=dict)  # answers.json: figures and answers of each model
     expert_counts: np.ndarray | None = None  # (layers, experts): how often each was chosen on the held-out text
 
 
@@ -70,6 +77,7 @@ def read_run(run_dir: str | Path) -> Run:
         samples,
         results if "bits_per_byte" in results else {},
         _suites(folder),
+        optional(folder / "answers" / "answers.json"),
         _expert_counts(folder / "evaluation" / "expert_use.npy"),
     )
 
