@@ -238,7 +238,7 @@ def draw(rows: list[Row], path: Path, what: str) -> None:
     figure.legend(handles, labels, frameon=False, fontsize=9, ncols=len(labels), loc="outside lower center")
     first = rows[0]
     size = f"{int(first['tokens']):,} tokens of {int(first['hidden']):,}, {first['dtype']}"
-    size += ", equal active parameters" if number(first, "level") else ""
+    size += ", equal active parameters" if number(first, "level") == 1 else ""
     figure.suptitle(f"Feed-forward designs with experts, {first['device']}, {size}", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
