@@ -231,7 +231,7 @@ def draw(rows: list[Row], path: Path, what: str) -> None:
         axes.set_xlabel("share of experts a token takes")
         axes.grid(color="#E4E4E4", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    clock = " of processor time" if rows[0]["clock"] == "processor" else ""
+    clock = " of processor time" if rows[0].get("clock") == "processor" else ""
     panels[0][0].set_ylabel(f"ms{clock}, {what}")
     panels[0][0].yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     handles, labels = panels[0][0].get_legend_handles_labels()
