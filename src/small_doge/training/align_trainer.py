@@ -10,7 +10,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..artifacts import duration
 from ..errors import UserError
 from .align_arguments import peft_config
 from .callbacks import BalanceLoss, PrintLog
@@ -167,24 +166,8 @@ class PrintAlignLog(PrintLog):
         super().__init__()
         self.figures = figures
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        if "eval_loss" in logs:
-            if state.global_step == self._begun[0]:  # the look before the first step is not time spent on steps
-                self._begun = (state.global_step, time.perf_counter())
-            print("  " + ", ".join(f"{words} {logs[name]:.3f}" for name, words in self.figures.items()), flush=True)
-        elif "loss" in logs:
-            first, since = self._begun
-            per_step = (time.perf_counter() - since) / max(1, state.global_step - first)
-            parts = [f"step {state.global_step:>6}/{state.max_steps}", f"loss {logs['loss']:.3f}"]
-            parts += [words.format(logs[name]) for name, words in self.SHOWN.items() if name in logs]
-            parts.append(f"{duration(per_step * (state.max_steps - state.global_step))} left")
-            print("  ".join(parts), flush=True)
+    def held_out(self, logs: dict[str, float]) -> str:
+        return ", ".join(f"{words} {logs[name]:.3f}" for name, words in self.figures.items())
+
+    def parts(self, logs: dict[str, float]) -> list[str]:
+        return [words.format(logs[name]) for name, words in self.SHOWN.items() if name in logs]

@@ -146,23 +146,30 @@ class PrintLog(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
-            bpb = logs.get("eval_bits_per_byte", float("nan"))
-            print(f"  validation: loss {logs['eval_loss']:.3f}, {bpb:.3f} bits per byte", flush=True)
+            if state.global_step == self._begun[0]:  # the look before the first step is not time spent on steps
+                self._begun = (state.global_step, time.perf_counter())
+            print(f"  {self.held_out(logs)}", flush=True)
         elif "loss" in logs:
             first, since = self._begun
             per_step = (time.perf_counter() - since) / max(1, state.global_step - first)
-            parts = [
-                f"step {state.global_step:>6}/{state.max_steps}",
-                f"loss {logs['loss']:.3f}",
-                f"{logs['bits_per_byte']:.3f} bits/byte",
-                *([f"balance {logs['balance_loss']:.3f}"] if "balance_loss" in logs else []),
-                f"lr {logs['learning_rate']:.2e}",
-                f"{logs['tokens_per_second']:,.0f} tok/s",
-            ]
-            if "mfu" in logs:
-                parts.append(f"{logs['mfu']:.1%} MFU")
+            parts = [f"step {state.global_step:>6}/{state.max_steps}", f"loss {logs['loss']:.3f}", *self.parts(logs)]
             parts.append(f"{duration(per_step * (state.max_steps - state.global_step))} left")
             print("  ".join(parts), flush=True)
+
+    def held_out(self, logs: dict[str, float]) -> str:
+        """What a look at held-out rows gave."""
+        bpb = logs.get("eval_bits_per_byte", float("nan"))
+        return f"validation: loss {logs['eval_loss']:.3f}, {bpb:.3f} bits per byte"
+
+    def parts(self, logs: dict[str, float]) -> list[str]:
+        """What stands between the loss and the time left."""
+        return [
+            f"{logs['bits_per_byte']:.3f} bits/byte",
+            *([f"balance {logs['balance_loss']:.3f}"] if "balance_loss" in logs else []),
+            f"lr {logs['learning_rate']:.2e}",
+            f"{logs['tokens_per_second']:,.0f} tok/s",
+            *([f"{logs['mfu']:.1%} MFU"] if "mfu" in logs else []),
+        ]
 
 
 class CompletePrompts(TrainerCallback):
