@@ -15,7 +15,7 @@ from small_doge import cli, recipe
 from small_doge.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("doge-*/*.yaml"))
 STAGE_OF = {"tokenizer": "tokenizer", "prepare": "prepare", "pretrain": "pretrain"}
 STAGE_OF |= {"evaluate": "evaluate", "report": "report", "sft": "sft", "dpo": "dpo"}
 STAGE_OF |= {"questions": "questions", "answers": "answers"}

@@ -107,6 +107,40 @@ def test_folded_agrees_with_reference_in_outputs_and_gradients(T, H, G, M, maske
         assert relative_error(a, b) < 1e-10 or (a - b).abs().max() < 1e-14, name
 
 
+@pytest.mark.parametrize("lengths", [[17], [1, 16], [1] * 9, [5, 1, 2, 90, 31], [1, 2] * 70])
+@pytest.mark.parametrize(("H", "G", "M"), [(1, 1, 1), (4, 2, 2), (4, 2, 4)])
+def test_documents_in_the_dot_product_are_exactly_apart(lengths, H, G, M):
+    T = sum(lengths)
+    leaves = inputs(H=H, G=G, M=M, Tq=T, Tk=T)
+    names = torch.randperm(500, generator=torch.Generator().manual_seed(T))[: len(lengths)].sort().values - 250
+    documents = names.repeat_interleave(torch.tensor(lengths)).expand(2, -1)
+    cotangent = torch.randn(2, H, T, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = reference(*leaves, T, mask=documents_mask(lengths).expand(2, -1, -1, -1))[0]
+    expected_gradients = torch.autograd.grad((expected * cotangent).sum(), leaves)
+    got = folded(*leaves, documents=documents)
+    gradients = torch.autograd.grad((got * cotangent).sum(), leaves)
+    # float64 keeps 1e-11 of scores beside the thousands that documents are apart
+    assert relative_error(got, expected) < 1e-9
+    for name, a, b in zip("qkvs", gradients, expected_gradients, strict=True):
+        assert relative_error(a, b) < 1e-9 or (a - b).abs().max() < 1e-12, name
+    # An earlier document's values do not matter at all, however large.
+    if len(lengths) > 1:
+        q, k, v, s = (x.detach().clone() for x in leaves)
+        v[:, :, : lengths[0]] = 1e30
+        assert torch.equal(folded(q, k, v, s, documents=documents)[:, :, lengths[0] :], got[:, :, lengths[0] :])
+
+
+def test_documents_in_the_dot_product_in_bfloat16_cost_no_precision():
+    lengths = [3, 40, 1, 7] * 20
+    T = sum(lengths)
+    leaves = [x.detach() for x in inputs(Tq=T, Tk=T, D=64, dtype=torch.bfloat16)]
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).expand(2, -1)
+    mask = documents_mask(lengths).expand(2, -1, -1, -1)
+    expected = reference(*(x.double() for x in leaves), T, mask=mask)[0]
+    error = relative_error(folded(*leaves, documents=documents), expected)
+    assert error < 1.2 * relative_error(folded(*leaves, mask=mask), expected) < 1e-2
+
+
 @pytest.mark.parametrize(("Tq", "Tk"), [(1, 9), (4, 9), (9, 9)])
 def test_folded_aligns_new_queries_to_the_newest_keys(Tq, Tk):
     leaves = inputs(Tq=Tq, Tk=Tk)
@@ -292,7 +326,7 @@ def test_the_path_is_chosen_by_shape_and_says_why(monkeypatch):
     assert choose_path(q[:, :, :16], k[:, :, :16], 15)[0] == "chunked"
     long = torch.empty(1, 1, 16384, 16, device="meta")
     assert choose_path(long, long, 16384)[0] == "folded"
-    assert choose_path(long, long, 16384, described=True)[0] == "chunked"
+    assert choose_path(long, long, 16384, packed=True)[0] == "chunked"
 
 
 @pytest.mark.parametrize("path", ["reference", "folded", "chunked"])

@@ -1,5 +1,7 @@
 """The chunked loss against a matrix product and F.cross_entropy in float64, values and gradients."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,27 @@ def test_equals_the_full_logits(monkeypatch, N, C, V, dtype, tolerance, chunk):
     assert abs(got.item() - expected.item()) < tolerance * abs(expected.item())
     for ours, reference in zip((hidden, weight), exact, strict=True):
         assert (ours.grad.double() - reference.grad).norm() < tolerance * reference.grad.norm()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs on the GPU here: see test_on_gpu.py")
+@pytest.mark.parametrize(("N", "C", "V"), [(2, 16, 5), (17, 8, 64), (40, 24, 301)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("block", [1 << 12, 64])
+def test_the_kernel_equals_the_full_logits(monkeypatch, N, C, V, dtype, tolerance, block):
+    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
+    monkeypatch.setattr(module, "_BLOCK", block)  # a row in one piece, or in several
+    monkeypatch.setattr(module, "_CPU_LOGITS", 16 * V)  # rows a chunk: 16
+    hidden, weight, labels = inputs(N, C, V, dtype)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = F.cross_entropy(exact[0] @ exact[1].T, labels, ignore_index=-100, reduction="sum") / 7
+    expected.backward()
+    loss, *gradients = module._in_kernels(hidden, weight, labels, torch.tensor(7.0), True)
+    assert abs(loss.item() - expected.item()) < tolerance * abs(expected.item())
+    for ours, reference in zip(gradients, exact, strict=True):
+        assert (ours.double() - reference.grad).norm() < tolerance * reference.grad.norm()
+    only_loss = module._in_kernels(hidden, weight, labels, torch.tensor(7.0), False)
+    assert only_loss[0] == loss
+    assert only_loss[1].numel() == only_loss[2].numel() == 0
 
 
 def test_rows_without_a_label_carry_no_gradient():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from small_doge.models import DogeForCausalLM, config_for
+from small_doge.models import DogeForCausalLM, config_for, projections
 from small_doge.ops.dynamic_mask import FORCE, decode, eviction_times, folded, reference, sparse, visible_keys
 from small_doge.ops.dynamic_mask.decode import replace_worst
+from small_doge.ops.dynamic_mask.folded import takes_documents
 from small_doge.ops.linear_cross_entropy import linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -40,6 +41,81 @@ def test_folded_against_the_float64_reference(T, H, G, M, D, dtype, tolerance):
     if T > 1:
         for name, a, b in zip("qkvs", gradients, expected_gradients, strict=True):
             assert relative_error(a, b) < 2 * tolerance, name
+
+
+@pytest.mark.parametrize("lengths", [[2048], [1, 2047], [3, 40, 1, 7] * 20, [1, 2] * 680, [1000, 17, 1031]])
+@pytest.mark.parametrize(("H", "G", "M", "D"), [(2, 1, 1, 128), (4, 2, 2, 64), (4, 2, 4, 80)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_documents_in_the_dot_product(lengths, H, G, M, D, compiled):
+    T = sum(lengths)
+    g = torch.Generator("cuda").manual_seed(T)
+    shapes = [(2, H, T, D), (2, G, T, D), (2, G, T, D), (2, M, T), (2, H, T, D)]
+    q, k, v, s, cotangent = (torch.randn(shape, generator=g, device="cuda", dtype=torch.float64) for shape in shapes)
+    leaves = [x.bfloat16() for x in (q, k, v)] + [(s.abs() * 3).float()]
+    if not takes_documents(*leaves[:2], 0.0):
+        pytest.skip("documents ride in the dot product on Hopper only")
+    documents = torch.arange(len(lengths), device="cuda").repeat_interleave(torch.tensor(lengths, device="cuda"))
+    documents = documents.expand(2, -1)
+    exact = [x.double().requires_grad_() for x in leaves]
+    leaves = [x.requires_grad_() for x in leaves]
+    expected = reference(*exact, T, mask=visible_keys(T, T, q.device, None, documents))[0]
+    expected_gradients = torch.autograd.grad((expected * cotangent).sum(), exact)
+    poison()
+    torch._dynamo.reset()  # or it gives up after compiling the same function eight times
+    got = (torch.compile(folded, fullgraph=True) if compiled else folded)(*leaves, documents=documents)
+    gradients = torch.autograd.grad((got * cotangent.bfloat16()).sum(), leaves)
+    assert relative_error(got, expected) < 1e-2
+    for name, a, b in zip("qkvs", gradients, expected_gradients, strict=True):
+        assert relative_error(a, b) < 2e-2, name
+    with torch.no_grad():  # an earlier document's values do not matter at all, however large
+        if len(lengths) > 1:
+            v = leaves[2].clone()
+            v[:, :, : lengths[0]] = 1e30
+            again = folded(*leaves[:2], v, leaves[3], documents=documents)
+            plain = folded(*leaves, documents=documents)
+            assert torch.equal(again[:, :, lengths[0] :], plain[:, :, lengths[0] :])
+
+
+@pytest.mark.parametrize("V", [1000, 32768, 50257])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_head_in_kernels_against_float64(V, dtype, tolerance):
+    g = torch.Generator("cuda").manual_seed(V)
+    hidden = torch.randn(9001, 64, generator=g, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(V, 64, generator=g, device="cuda") / 8).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (9001,), generator=g, device="cuda")
+    labels[::3] = -100
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum") / 7
+    expected.backward()
+    poison()
+    got = linear_cross_entropy(hidden, weight, labels, 7)
+    got.backward()
+    assert abs(got.item() - expected.item()) < tolerance * abs(expected.item())
+    for ours, theirs in zip((hidden, weight), exact, strict=True):
+        assert relative_error(ours.grad, theirs.grad) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_products_in_one_give_what_they_give_alone(monkeypatch, dtype, tolerance, compiled):
+    torch.manual_seed(0)
+    model = DogeForCausalLM(config_for("tiny", vocab_size=300)).cuda().to(dtype)
+    exact = DogeForCausalLM(model.config).cuda().double()
+    exact.load_state_dict(model.state_dict())
+    ids = torch.randint(0, 300, (32, 200), device="cuda")
+    assert ids.numel() * model.config.hidden_size > projections._ENOUGH
+    with monkeypatch.context() as patch:
+        patch.setattr(projections, "_ENOUGH", 1 << 40)
+        expected = exact(ids, labels=ids).loss
+        expected.backward()
+    got = (torch.compile(model) if compiled else model)(
+        input_ids=ids, labels=ids, skip_logits=True, use_cache=False
+    ).loss
+    got.backward()
+    assert abs(got.item() - expected.item()) < tolerance * expected.item()
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        if name.endswith("proj.weight") and "dt_proj" not in name:
+            assert relative_error(p.grad, q.grad) < 3 * tolerance, name
 
 
 @pytest.mark.parametrize("T", [1, 2, 17, 127, 128, 129, 1000, 4097])

@@ -88,11 +88,11 @@ def test_killed_while_saving_continues_from_the_checkpoint_before(arguments, tmp
     class Killed(BaseException):
         pass
 
-    def killed(checkpoint):
+    def killed(checkpoint, **facts):
         if checkpoint.name == "checkpoint-10":
             (checkpoint / "optimizer.pt").write_bytes(b"half")
             raise Killed
-        original(checkpoint)
+        original(checkpoint, **facts)
 
     original = module.seal
     monkeypatch.setattr(module, "seal", killed)
@@ -123,6 +123,18 @@ def test_a_different_run_in_the_output_folder_is_refused(arguments, tmp_path, mo
     with pytest.raises(UserError, match=r"different run: `learning_rate` is .* there and 0.001 here"):
         pretrain(arguments(learning_rate=1e-3))
     assert snapshot(tmp_path / "run") == before
+
+
+def test_a_step_may_be_shared_out_otherwise_when_resumed_but_not_be_another(arguments, tmp_path, monkeypatch):
+    whole = pretrain(arguments(output_dir=str(tmp_path / "whole"), tokens_per_step=128))
+    interrupt_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(arguments(tokens_per_step=128))
+    with pytest.raises(UserError, match="different run: `rows_per_step` is 4 there and 8 here"):
+        pretrain(arguments(tokens_per_step=256))
+    resumed = pretrain(arguments(tokens_per_step=128, per_device_train_batch_size=1))
+    for ours, theirs in zip(log_of(resumed), log_of(whole), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_a_folder_of_something_else_is_refused(arguments, tmp_path):

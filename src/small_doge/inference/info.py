@@ -53,7 +53,7 @@ def info(recipe: InfoRecipe) -> dict[str, str]:
     shapes = ((recipe.rows, H, recipe.length, D), (recipe.rows, G, recipe.length, D))
     q, k = (torch.empty(1, device=kind, dtype=dtype).expand(shape) for shape in shapes)
     try:
-        path, why = choose_path(q, k, w, described=recipe.packed)
+        path, why = choose_path(q, k, w, packed=recipe.packed)
     except ValueError as error:
         raise UserError(str(error)) from error
 

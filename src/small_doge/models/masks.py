@@ -48,8 +48,8 @@ def visibility(
             f"({B} or 1, 1, T={T}, Tk={Tk})"
         )
     # Looking at values costs a synchronisation on a GPU and cannot be traced. It pays once for a text, whose attention
-    # is faster where nothing is hidden, but not for each token that is generated.
-    looking = T > 1 and not torch.compiler.is_compiling()
+    # is faster where nothing is hidden, but not for each token that is generated, nor in every step of training.
+    looking = T > 1 and not torch.compiler.is_compiling() and not (inputs.is_cuda and inputs.requires_grad)
     key_mask = documents = None
     if attention_mask is not None and not (looking and bool(attention_mask.all())):
         key_mask = attention_mask.bool()

@@ -30,6 +30,7 @@ from .configuration_doge import DogeConfig
 from .generation import DogeGenerationMixin
 from .masks import Visibility, visibility
 from .moe import DogeCDMoE, DogeMLP, DogeMoEModelOutput
+from .projections import project
 from .rotary import grows_with_length, rotary_angles, rotate, rotate_to, text_length
 
 
@@ -87,9 +88,10 @@ class DogeAttention(nn.Module):
         """
         B, T, _ = hidden_states.shape
         visible = visible or Visibility()
-        q = self.q_norm(self.q_proj(hidden_states).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(hidden_states).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, G, T, D)
-        v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+        projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (x.view(B, T, -1, self.head_dim) for x in projected)
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)  # (B, H, T, D), (B, G, T, D)
+        v = v.transpose(1, 2)
         q = rotate(q, q_angles)
         unrotated = past_key_values is not None and grows_with_length(self.config)
         if not unrotated:
@@ -386,9 +388,9 @@ class DogeForCausalLM(DogePreTrainedModel, DogeGenerationMixin):
         self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
     ) -> torch.Tensor:
         """The loss of :meth:`forward` from (B, T, C) hidden states, without (B, T, vocab) logits."""
-        following = labels[:, 1:].reshape(-1)
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # whole rows: a slice would be a copy
         denominator = (following != IGNORED).sum().clamp(min=1) if num_items is None else num_items
-        return linear_cross_entropy(hidden_states[:, :-1].flatten(0, 1), self.lm_head.weight, following, denominator)
+        return linear_cross_entropy(hidden_states.flatten(0, 1), self.lm_head.weight, following, denominator)
 
 
 class DogeForSequenceClassification(GenericForSequenceClassification, DogePreTrainedModel):

@@ -10,7 +10,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..ops.product_key import balance, experts, route
+from ..ops.swiglu import swiglu
 from .configuration_doge import DogeConfig
+from .projections import project_together
 
 
 @dataclass
@@ -29,8 +31,12 @@ class DogeMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.silu = config.hidden_act in ("silu", "swish")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate_up = project_together(x, self.gate_proj, self.up_proj) if self.silu else None
+        if gate_up is not None:
+            return self.down_proj(swiglu(gate_up))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -19,6 +19,13 @@ WATCHING = {
     *("use_cpu", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
     *("data", "tokenizer", "local_rank", "resume_from_checkpoint"),
     "max_minutes",  # becomes steps once, when the run begins
+    *("on_bad_step", "spike_factor"),  # a run that stopped at a bad step may go on with another answer to it
+}
+# How a step's rows are shared out, which may change when a run is resumed on other devices; their number may not.
+SHARING = {
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_step", "auto_find_batch_size"),
+    "parallelism_config",
+    *("fsdp", "fsdp_config", "deepspeed", "ddp_backend", "ddp_bucket_cap_mb", "ddp_find_unused_parameters"),
 }
 
 
@@ -38,6 +45,14 @@ class PretrainArguments(TrainingArguments):
     data: str | None = described("folder that `doge prepare` wrote")
     tokenizer: str | None = described("folder that `doge tokenizer` wrote; the tokenizer the data was made with")
     output_dir: str | None = described("folder for checkpoints and the finished model")
+    continue_from: str | None = described(
+        "checkpoint-N folder of another run, from its stable stage, or a model folder: go on from there, on the same "
+        "data or other, at the recipe's stable rate"
+    )
+    decay: bool = described("with continue_from: nothing but the decay, over all steps", False)
+    rewarmup_steps: float = described(
+        "steps of linear warmup where continue_from holds no optimiser; below 1, that share of all steps", 50
+    )
     keep_window_size: int | None = described("keys a query keeps (w); null takes the model's own")
     router_aux_loss_coef: float | None = described(
         "what the balance loss of experts counts in the training loss; null takes the model's own"
@@ -49,6 +64,19 @@ class PretrainArguments(TrainingArguments):
     decay_steps: float = described("steps of the final decay; below 1, that share of all steps", 0.2)
     decay_type: str = described("shape of the decay: linear, cosine or 1-sqrt", "1-sqrt")
     min_lr_ratio: float = described("learning rate before warmup and after decay, as a share of the peak", 0.0)
+    on_bad_step: str = described(
+        "gradients that are not finite, or a loss that jumps: stop (an older checkpoint is kept), skip (weights and "
+        "moments stay as they were) or ignore",
+        "stop",
+    )
+    spike_factor: float | None = described(
+        "a loss jumps by so many standard deviations of the last steps over their mean; null looks for none", 6.0
+    )
+    auto_find_batch_size: bool = described(
+        "take the largest micro-batch that divides tokens_per_step, is worth it and fits into the GPU's free memory "
+        "(by the estimate printed at the start), in place of per_device_train_batch_size",
+        False,
+    )
     eval_rows: int = described("validation rows looked at during training, spread evenly over the split", 256)
     sample_prompts: list[str] = described("prompts completed during training, for the report", [])
     sample_at: list[float] = described("when to complete them, as shares of all steps", [0.02, 0.25, 1.0])
@@ -82,11 +110,24 @@ class PretrainArguments(TrainingArguments):
             raise ValueError(f"`max_minutes` is {self.max_minutes}, expected more than 0")
         if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
             raise ValueError(f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, expected 0 or more")
+        if self.auto_find_batch_size and not self.tokens_per_step:
+            raise ValueError("`auto_find_batch_size` is set without `tokens_per_step`, expected the tokens of a step")
+        if self.decay and not self.continue_from:
+            raise ValueError("`decay` is set without `continue_from`, expected the checkpoint to decay")
+        if self.rewarmup_steps < 0:
+            raise ValueError(f"`rewarmup_steps` is {self.rewarmup_steps}, expected 0 or more")
+        if self.on_bad_step not in ("stop", "skip", "ignore"):
+            raise ValueError(f"`on_bad_step` is {self.on_bad_step!r}, expected stop, skip or ignore")
+        if self.spike_factor is not None and self.spike_factor <= 0:
+            raise ValueError(f"`spike_factor` is {self.spike_factor}, expected more than 0, or null")
         if self.decay_type not in ("linear", "cosine", "1-sqrt"):
             raise ValueError(f"`decay_type` is {self.decay_type!r}, expected linear, cosine or 1-sqrt")
         if self.max_steps < 1 and self.max_minutes is None and self.num_train_epochs <= 0:
             raise ValueError("none of `max_steps`, `max_minutes` and `num_train_epochs` says how long to train")
         super().__post_init__()
+        # Otherwise every batch waits on the host until the GPU has done all it was asked to.
+        config: Any = self.accelerator_config
+        config.non_blocking = self.dataloader_pin_memory and self.device.type == "cuda"
 
     def accumulate(self, row_length: int) -> None:
         """Set gradient accumulation from ``tokens_per_step``.
@@ -108,6 +149,11 @@ class PretrainArguments(TrainingArguments):
         """What this run computes, as plain values: fields that differ from their defaults, and the data."""
         # Made for the same device: these arguments, too, set up the processes that the run is on.
         default = PretrainArguments(output_dir="-", data="-", tokenizer="-", use_cpu=self.use_cpu).to_dict()
-        mine = {k: v for k, v in self.to_dict().items() if k not in WATCHING and v != default[k]}
+        mine = {k: v for k, v in self.to_dict().items() if k not in WATCHING | SHARING and v != default[k]}
         hashes = {name: split["sha256"] for name, split in data.manifest["splits"].items()}
-        return {**mine, "model": self.model, "data_sha256": hashes}
+        return {**mine, "model": self.model, "rows_per_step": self.rows_per_step, "data_sha256": hashes}
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that an optimiser step sees over all devices."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size

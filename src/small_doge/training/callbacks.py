@@ -101,6 +101,14 @@ class LossSinceLastLog(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.trainer: Any = None
+        self.gathered: dict[str, Any] = {}
+
+    def gather(self) -> None:
+        """Before a checkpoint, in every process: the mean loss of all and the balance loss of all, which it keeps."""
+        accelerator, balance = self.trainer.accelerator, self.trainer.balance_loss.sums
+        self.gathered = {"tr_loss": accelerator.reduce(self.trainer._tr_loss.clone(), "mean").item()}
+        if balance is not None:
+            self.gathered["balance"] = accelerator.reduce(balance.clone(), "mean").tolist()
 
     def state(self) -> dict[str, Any]:
         """What ``trainer_state.json`` keeps; empty before the Trainer has begun to sum."""
@@ -108,7 +116,12 @@ class LossSinceLastLog(TrainerCallback, ExportableState):
             return {"args": {}, "attributes": {}}
         sums = {"tr_loss": self.trainer._tr_loss.item(), "last_logged": self.trainer._globalstep_last_logged}
         balance = self.trainer.balance_loss.sums
-        return {"args": {}, "attributes": sums | {"balance": None if balance is None else balance.tolist()}}
+        sums["balance"] = None if balance is None else balance.tolist()
+        # their total over the processes, however many go on from here
+        if self.gathered.get("balance"):
+            processes = self.trainer.accelerator.num_processes
+            sums["balance_of_all"] = [x * processes for x in self.gathered["balance"]]
+        return {"args": {}, "attributes": sums | {k: v for k, v in self.gathered.items() if k == "tr_loss"}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,7 +133,10 @@ class LossSinceLastLog(TrainerCallback, ExportableState):
         if state.global_step and attributes:
             self.trainer._tr_loss.fill_(attributes["tr_loss"])
             self.trainer._globalstep_last_logged = attributes["last_logged"]
-            if attributes.get("balance"):
+            if attributes.get("balance_of_all"):
+                processes = self.trainer.accelerator.num_processes
+                self.trainer.balance_loss.sums = torch.tensor(attributes["balance_of_all"]) / processes
+            elif attributes.get("balance"):
                 self.trainer.balance_loss.sums = torch.tensor(attributes["balance"])
 
 
@@ -166,6 +182,8 @@ class PrintLog(TrainerCallback):
         return [
             f"{logs['bits_per_byte']:.3f} bits/byte",
             *([f"balance {logs['balance_loss']:.3f}"] if "balance_loss" in logs else []),
+            *([f"gradient {logs['grad_norm']:.2f}"] if "grad_norm" in logs else []),
+            *([f"{logs['skipped_steps']} skipped"] if "skipped_steps" in logs else []),
             f"lr {logs['learning_rate']:.2e}",
             f"{logs['tokens_per_second']:,.0f} tok/s",
             *([f"{logs['mfu']:.1%} MFU"] if "mfu" in logs else []),
@@ -178,6 +196,7 @@ class CompletePrompts(TrainerCallback):
     def __init__(self, tokenizer: Any, prompts: list[str], shares: list[float], max_new_tokens: int, path: Path):
         self.tokenizer, self.prompts, self.shares = tokenizer, prompts, shares
         self.max_new_tokens, self.path = max_new_tokens, path
+        self.together = False  # whether all processes must generate, each holding a part of the weights
 
     def on_step_end(
         self,
@@ -188,7 +207,8 @@ class CompletePrompts(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         due = {max(1, round(share * state.max_steps)) for share in self.shares}
-        if not self.prompts or not state.is_world_process_zero or state.global_step not in due:
+        first = state.is_world_process_zero
+        if not self.prompts or not (first or self.together) or state.global_step not in due:
             return
         kept = []
         if self.path.exists():  # a resumed run says again what it had said after its checkpoint
@@ -206,4 +226,6 @@ class CompletePrompts(TrainerCallback):
                 text = self.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
                 kept.append({"step": state.global_step, "prompt": prompt, "completion": text})
         model.train()
+        if not first:
+            return
         write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

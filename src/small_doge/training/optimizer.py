@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan, kellerjordan.github.io/posts/muon
 
@@ -74,7 +75,13 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _muon(self, group: dict[str, Any]) -> None:
-        momentum = group["momentum"]
+        # A step that is to be left out, which only the device knows: every number below then becomes one that does
+        # nothing, exactly.
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        momentum, decay, kept = group["momentum"], 1 - group["lr"] * group["weight_decay"], None
+        if found_inf is not None:
+            kept = found_inf == 0
+            momentum, decay = (torch.where(kept, x, 1.0) for x in (momentum, decay))
         by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
@@ -84,15 +91,32 @@ class MuonAdamW(torch.optim.AdamW):
                 if not self.state[p]:
                     # Adam looks for a step in every state that it loads.
                     self.state[p] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
-                self.state[p]["step"] += 1
+                self.state[p]["step"] += 1 if kept is None else kept.to(self.state[p]["step"])
             buffers = [self.state[p]["momentum_buffer"] for p in parameters]
             gradients = [p.grad for p in parameters if p.grad is not None]
+            if kept is not None:
+                gradients = [torch.where(kept, g, 0.0) for g in gradients]
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, gradients)
-            directions = torch.stack(torch._foreach_add(gradients, buffers, alpha=momentum))
+            directions = torch.stack([_whole(d) for d in torch._foreach_add(gradients, buffers, alpha=momentum)])
             updates = orthogonalize(directions) * (-group["lr"] * 0.2 * max(shape) ** 0.5)
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, list(updates.unbind(0)))
+            if kept is not None:
+                updates = torch.where(kept, updates, 0.0)
+            torch._foreach_mul_(parameters, decay)
+            torch._foreach_add_(parameters, [_like(u, p) for u, p in zip(updates.unbind(0), parameters, strict=True)])
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """All of a matrix of which FSDP keeps a few rows on each device: singular values are those of the whole."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _like(update: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The part of a whole matrix that lies where this part of the parameter does."""
+    if not isinstance(parameter, DTensor):
+        return update
+    # every device has computed the whole, so there is nothing to send
+    return distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
@@ -102,6 +126,11 @@ def make_optimizer(model: nn.Module, args: Any) -> torch.optim.Optimizer:
         groups = parameter_groups(model, args.weight_decay, args.learning_rate, args.muon_learning_rate)
         return MuonAdamW(groups, **options)
     return torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, **options)
+
+
+def optimizer_name(args: Any) -> str:
+    """What a checkpoint's moments are of."""
+    return "muon" if args.muon_learning_rate else str(getattr(args.optim, "value", args.optim))
 
 
 def parameter_groups(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,33 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Subset
-from transformers import PrinterCallback, Trainer, set_seed
+from transformers import PrinterCallback, Trainer
 from transformers.utils.logging import disable_progress_bar
 
 from .. import artifacts
 from ..data.packing import PackedTokens, collate
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
-from ..models import SIZES, DogeForCausalLM, config_for, load_model
+from ..models import DogeForCausalLM
 from .arguments import PretrainArguments
+from .bad_steps import BadSteps
 from .callbacks import BalanceLoss, CompletePrompts, LossSinceLastLog, PrintLog, SaveOnInterrupt
 from .checkpoints import checkpoint_name, newest, seal
-from .estimates import flops_per_token, peak_flops, training_bytes
+from .continuing import (
+    CarryRandomState,
+    Continuing,
+    Start,
+    checkpoint_facts,
+    find,
+    order_seed,
+)
+from .devices import Sharded, require_optimizer, require_same_sharding
+from .estimates import flops_per_token, largest_micro_batch, peak_flops, training_bytes
+from .model import model_of
 from .optimizer import decayed_parameters, make_optimizer
-from .schedule import schedule_options, steps_in
+from .order import StepOrder
+from .schedule import Schedule, set_schedule, steps_in
+from .watching import attention_statistics, require_reporters
 
 RUN_FILE = "run.json"
 
@@ -38,7 +51,7 @@ def pretrain(args: PretrainArguments) -> Path:
 
     Raises:
         UserError: if the data, the tokenizer or the model are missing or do not fit together, the output folder holds
-            another run, a checkpoint is cut short, or the disk is too small.
+            another run, a checkpoint is cut short or is not one to continue from, or the disk is too small.
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved.
     """
     assert args.data
@@ -48,40 +61,51 @@ def pretrain(args: PretrainArguments) -> Path:
     data = PackedTokens(args.data, "train")
     validation = PackedTokens(args.data, "validation")
     tokenizer = load_tokenizer(args.tokenizer)
-    model = _model(args, data, tokenizer)
     row_length = data.manifest["row_length"]
-    try:
-        args.accumulate(row_length)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    finding, args.auto_find_batch_size = args.auto_find_batch_size, False  # the Trainer's own would change the step
+    if finding:
+        args.per_device_train_batch_size = 1
+    _accumulate(args, row_length)
 
     settings = args.settings(data)
     run = _begun(output_dir, settings)
     if run is None:
         print(f"{output_dir} holds this run already, finished")
         return output_dir
+    require_optimizer(args)
+    require_reporters(args)
     checkpoint = newest(output_dir)
+    if checkpoint:
+        require_same_sharding(args, checkpoint)
+    start = Start(**run["start"]) if run.get("start") else find(args, data) if args.continue_from else None
+    model = model_of(args, data, tokenizer, start, checkpoint)
     parameters = sum(p.numel() for p in model.parameters())
     artifacts.require_space(output_dir, 16 * parameters * ((args.save_total_limit or 1) + 1), "this run")
     torch.nn.Module.to(model, args.device)
+    if finding:
+        free = torch.cuda.mem_get_info(args.device)[0] if args.device.type == "cuda" else None
+        rows, bf16, compiled = args.gradient_accumulation_steps, args.bf16, args.torch_compile
+        fits = largest_micro_batch(model.config, parameters, rows, row_length, bf16, compiled, free)
+        args.per_device_train_batch_size = broadcast_object_list([fits])[0]
+        _accumulate(args, row_length)
     # What the first process knows holds for all; none writes into the folder before every one has looked at it.
     max_steps = args.max_steps = broadcast_object_list([run["max_steps"] or _max_steps(args, model, data)])[0]
-    args.lr_scheduler_kwargs = schedule_options(max_steps, args.decay_steps, args.decay_type, args.min_lr_ratio)
+    schedule = set_schedule(args, max_steps, None if start is None else start.optimizer)
     if args.report_to in ("none", [], None) and importlib.util.find_spec("tensorboard"):
         args.report_to = ["tensorboard"]
 
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type == "cuda"
     disable_progress_bar()  # transformers' own, over files written in an instant
 
-    run |= {"settings": settings, "max_steps": max_steps}
+    run |= {"settings": settings, "max_steps": max_steps} | ({"start": asdict(start)} if start else {})
     if args.process_index == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         artifacts.write_json(output_dir / RUN_FILE, run)
-    interrupt, losses = SaveOnInterrupt(), LossSinceLastLog()
+    interrupt, losses, bad = SaveOnInterrupt(), LossSinceLastLog(), BadSteps(args.on_bad_step, args.spike_factor)
     samples = CompletePrompts(
         tokenizer, args.sample_prompts, args.sample_at, args.sample_tokens, output_dir / "samples.jsonl"
     )
-    facts = _announce(args, model, data, max_steps, checkpoint)
+    facts = _announce(args, model, data, max_steps, checkpoint, start)
     trainer = PretrainTrainer(
         model,
         args,
@@ -89,32 +113,47 @@ def pretrain(args: PretrainArguments) -> Path:
         eval_dataset=_spread(validation, args.eval_rows),
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[interrupt, losses, samples, PrintLog()],
+        callbacks=[interrupt, losses, bad, samples, PrintLog()],
         run=_Run(
             tokens_per_step=facts["tokens_per_step"],
             bytes_per_token=data.bytes_per_token(),
             eval_bytes_per_token=validation.bytes_per_token(),
             flops_per_token=flops_per_token(model.config, row_length),
             peak_flops=peak_flops(args.device, args.bf16),
+            schedule=schedule,
+            settings=settings,
+            start=start,
         ),
     )
     trainer.remove_callback(PrinterCallback)
-    losses.trainer = trainer
+    trainer.add_callback(CarryRandomState(trainer))
+    samples.together = trainer.generates_together()
+    trainer.watch(losses, bad)
     interrupt.watch(trainer.accelerator)
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if interrupt.interrupted and trainer.state.global_step < max_steps:
+    stopped = interrupt.interrupted and trainer.state.global_step < max_steps
+    if (stopped or bad.failure) and args.process_index == 0:
+        artifacts.write_json(output_dir / RUN_FILE, run | {"seconds": run["seconds"] + time.perf_counter() - started})
+    if stopped and not bad.failure:
         if args.process_index == 0:
-            run["seconds"] += time.perf_counter() - started
-            artifacts.write_json(output_dir / RUN_FILE, run)
             print(f"saved {checkpoint_name(trainer.state.global_step)} in {output_dir}; the same command continues")
         raise KeyboardInterrupt
+    if bad.failure:
+        kept = newest(output_dir)
+        there = f"{kept} is from before" if kept else "there is no checkpoint yet"
+        raise UserError(
+            f"training stopped: {bad.failure}; {there}; `--on_bad_step skip` goes on without such steps, "
+            f"`--continue_from` in another folder with another rate"
+        )
     at_the_end = [row for row in trainer.state.log_history if row["step"] == max_steps and "eval_loss" in row]
     metrics = at_the_end[-1] if at_the_end else trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
         facts |= {"eval_loss": metrics["eval_loss"], "eval_bits_per_byte": metrics["eval_bits_per_byte"]}
+        state = checkpoint_facts(args, trainer.run, max_steps, data)
+        facts |= {name: state[name] for name in ("step", "schedule", "data")} | {"start": run.get("start")}
         seconds = run["seconds"] + time.perf_counter() - started
         artifacts.finish(output_dir, "pretrain", settings, seconds, **facts)
         print(f"wrote {output_dir} in {artifacts.duration(seconds)}")
@@ -123,23 +162,32 @@ def pretrain(args: PretrainArguments) -> Path:
 
 @dataclass(frozen=True)
 class _Run:
-    """What turns losses and seconds into figures a person compares."""
+    """What a run is, and what turns losses and seconds into figures a person compares."""
 
     tokens_per_step: int
     bytes_per_token: float
     eval_bytes_per_token: float
     flops_per_token: float
     peak_flops: float | None
+    schedule: Schedule | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    start: Start | None = None
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(Continuing, Sharded, Trainer):
     """transformers' Trainer with our parameter groups, sealed checkpoints and a log in bits per byte."""
 
     def __init__(self, *args: Any, run: _Run, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.run = run
+        self.run, self.start = run, run.start
+        self.watch(LossSinceLastLog(), BadSteps("ignore"))
         self.last_log = (0, 0.0)  # step and time; LossSinceLastLog sets them when training begins
         self.balance_loss = BalanceLoss()
+
+    def watch(self, losses: LossSinceLastLog, bad_steps: BadSteps) -> None:
+        """Which callbacks are told what the Trainer tells none."""
+        self.losses, self.bad_steps = losses, bad_steps
+        losses.trainer = bad_steps.trainer = self
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         return decayed_parameters(model)
@@ -150,6 +198,15 @@ class PretrainTrainer(Trainer):
         if self.optimizer is None and args.muon_learning_rate:
             self.optimizer = make_optimizer(target, args)
         return super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args: Any = self.args
+        if args.train_sampling_strategy not in ("random", "sequential"):
+            return super()._get_train_sampler(train_dataset)
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        seen = self.start.rows_seen if self.start else 0
+        shuffle = args.train_sampling_strategy == "random"
+        return StepOrder(len(dataset), args.rows_per_step, order_seed(args), seen, shuffle)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -168,6 +225,7 @@ class PretrainTrainer(Trainer):
         now = time.time()
         if "loss" in logs:
             step, since = self.last_log
+            self.bad_steps.at_log(logs)
             rate = self.run.tokens_per_step * (self.state.global_step - step) / max(now - since, 1e-9)
             model: Any = self.model
             cross_entropy, balance_loss = logs["loss"], self.balance_loss.take(self.accelerator.gather)
@@ -185,44 +243,26 @@ class PretrainTrainer(Trainer):
         output: Any = super().evaluation_loop(*args, **kwargs)
         loss = output.metrics["eval_loss"]
         output.metrics["eval_bits_per_byte"] = loss / math.log(2) / self.run.eval_bytes_per_token
+        found = attention_statistics(self, self.eval_dataset)
+        output.metrics.update({f"eval_{name}": x for name, x in found.items()})
         return output
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.bad_steps.step(norm)
+        return norm
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.bad_steps.look()
+        if self.bad_steps.failure:
+            return  # the checkpoint before stays the newest
+        self.losses.gather()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(Path(str(self.args.output_dir), checkpoint_name(self.state.global_step)))
-
-
-def _model(args: Any, data: PackedTokens, tokenizer: Any) -> DogeForCausalLM:
-    """The model to train, with the balance loss counting for what the recipe says."""
-    model = _fresh_or_from_a_folder(args, data, tokenizer)
-    if args.router_aux_loss_coef is not None:
-        if not model.config.is_moe:
-            raise UserError(f"router_aux_loss_coef is {args.router_aux_loss_coef}, and {args.model} has no experts")
-        model.config.router_aux_loss_coef = args.router_aux_loss_coef
-    return model
-
-
-def _fresh_or_from_a_folder(args: Any, data: PackedTokens, tokenizer: Any) -> DogeForCausalLM:
-    """A fresh model of a size, or the one in a folder, fitting the vocabulary of the data."""
-    vocab_size = data.manifest["vocab_size"]
-    data.check_tokenizer(args.tokenizer)
-    set_seed(args.seed)
-    if args.model.lower() in SIZES:
-        row_length = data.manifest["row_length"]
-        options: dict[str, Any] = {"keep_window_size": args.keep_window_size} if args.keep_window_size else {}
-        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = config_for(args.model, vocab_size=vocab_size, **special, **options)
-        config.max_position_embeddings = max(config.max_position_embeddings, row_length)
-        return DogeForCausalLM(config)
-    model = load_model(args.model)
-    if model.config.vocab_size != vocab_size:
-        raise UserError(
-            f"model {args.model} has a vocabulary of {model.config.vocab_size:,} and the data {args.data} one of "
-            f"{vocab_size:,}; expected the same tokenizer for both"
-        )
-    return model
+            step = self.state.global_step
+            facts = checkpoint_facts(self.args, self.run, step, self.train_dataset)
+            seal(Path(str(self.args.output_dir), checkpoint_name(step)), **facts)
 
 
 def _begun(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -241,7 +281,8 @@ def _max_steps(args: PretrainArguments, model: DogeForCausalLM, data: PackedToke
         some = [collate([data[(i * rows + j) % len(data)] for j in range(rows)]) for i in range(18)]
         batches = [{name: x.to(args.device) for name, x in batch.items()} for batch in some]
         optimizer = partial(make_optimizer, args=args)
-        fits = steps_in(args.max_minutes, model, batches, args.gradient_accumulation_steps, optimizer)
+        accumulation, compiled = args.gradient_accumulation_steps, args.torch_compile
+        fits = steps_in(args.max_minutes, model, batches, accumulation, optimizer, args.bf16, compiled)
         return min(fits, args.max_steps) if args.max_steps > 0 else fits
     if args.max_steps > 0:
         return args.max_steps
@@ -249,15 +290,28 @@ def _max_steps(args: PretrainArguments, model: DogeForCausalLM, data: PackedToke
     return math.ceil(args.num_train_epochs * per_epoch)
 
 
+def _accumulate(args: PretrainArguments, row_length: int) -> None:
+    try:
+        args.accumulate(row_length)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def _announce(
-    args: PretrainArguments, model: DogeForCausalLM, data: PackedTokens, max_steps: int, checkpoint: Path | None
+    args: PretrainArguments,
+    model: DogeForCausalLM,
+    data: PackedTokens,
+    max_steps: int,
+    checkpoint: Path | None,
+    start: Start | None,
 ) -> dict[str, Any]:
     """Print, before the first step, what is about to happen; returns it for the record."""
     row_length, parameters = data.manifest["row_length"], sum(p.numel() for p in model.parameters())
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.rows_per_step
     tokens = rows * row_length * max_steps
     epochs = tokens / (len(data) * row_length)
-    memory = training_bytes(model.config, parameters, args.train_batch_size, row_length, args.bf16)
+    micro_batch, compiled = args.train_batch_size, args.torch_compile
+    memory = training_bytes(model.config, parameters, micro_batch, row_length, args.bf16, compiled)
     if args.process_index == 0:
         print(
             f"{parameters:,} parameters, {max_steps:,} steps of {rows * row_length:,} tokens = {tokens:,} tokens "
@@ -266,6 +320,10 @@ def _announce(
         )
         if checkpoint:
             print(f"continuing from {checkpoint}", flush=True)
+        elif start:
+            print(
+                f"{start.words()}, at a rate of {args.learning_rate:g}{', decaying' if args.decay else ''}", flush=True
+            )
     return {
         "parameters": parameters,
         "steps": max_steps,

@@ -13,7 +13,7 @@ import torch
 from ..gpu import usable
 from .chunked import chunked
 from .decode import decode
-from .folded import folded
+from .folded import folded, takes_documents
 from .reference import reference, visible_keys
 from .sparse import DTYPES, LARGEST_HEAD, sparse
 from .window import eviction_times, ranks
@@ -82,14 +82,18 @@ def dynamic_mask_attention(
     _check(q, k, v, s, window, local_window, key_mask, documents, mask)
     described = key_mask is not None or documents is not None
     path, _ = choose_path(
-        q, k, window, described=described, mask=mask is not None, dropout_p=dropout_p, return_weights=return_weights
-    )
+        q, k, window,
+        padded=key_mask is not None, packed=documents is not None, mask=mask is not None,
+        dropout_p=dropout_p, return_weights=return_weights,
+    )  # fmt: skip
     if path in ("chunked", "sparse"):
         e = eviction_times(s, window, key_mask=key_mask, documents=documents, local_window=local_window)
         most = min(window + local_window, k.shape[2]) + (key_mask is not None)  # a padded position also sees itself
         if path == "sparse":
             return sparse(q, k, v, s, e if described or k.shape[2] > window else None, most), None
         return chunked(q, k, v, s, e, most, dropout_p=dropout_p), None
+    if path == "folded" and key_mask is None and documents is not None and takes_documents(q, k, dropout_p):
+        return folded(q, k, v, s, documents=documents), None
     if mask is None and described:
         mask = visible_keys(q.shape[2], k.shape[2], q.device, key_mask, documents)
     if path == "folded":
@@ -102,7 +106,8 @@ def choose_path(
     k: torch.Tensor,
     window: int,
     *,
-    described: bool = False,
+    padded: bool = False,
+    packed: bool = False,
     mask: bool = False,
     dropout_p: float = 0.0,
     return_weights: bool = False,
@@ -111,7 +116,8 @@ def choose_path(
 
     Args:
         q, k: as there.
-        described: whether ``key_mask`` or ``documents`` is given.
+        padded: whether ``key_mask`` is given.
+        packed: whether ``documents`` is given.
         mask: whether ``mask`` is given.
 
     Raises:
@@ -131,6 +137,9 @@ def choose_path(
         return ("folded" if Tk <= window else "reference"), f"a mask of its own for every query; {fits}"
     if Tk > window and Tq <= FEW_QUERIES < Tk:
         return "reference", f"few queries: {Tq} of {fits}"
+    if Tk <= window and packed and not padded and takes_documents(q, k, dropout_p):
+        return "folded", f"no key can drop out, and documents ride in the dot product: {fits}"
+    described = padded or packed
     # In float32 its kernels are exact, and slower than matrix products of PyTorch's.
     if (Tk > window or described) and not _no_sparse(q, k, dropout_p) and _dtype(q) != torch.float32:
         return "sparse", f"{'keys drop out' if Tk > window else 'padding or documents'}: {fits}"

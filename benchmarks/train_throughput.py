@@ -1,0 +1,215 @@
+"""Tokens/s of pretraining: our Doge, transformers' Doge and its Llama of equal size, in turn, in one run.
+
+The Trainer trains as `doge pretrain` does: compiled, bfloat16, data loaded by workers, gradients accumulated to the
+recipe's tokens a step (or to --micro_batches), clipped, fused AdamW. Ours sees documents apart; transformers' models
+get the same rows as one text, which is faster for them. A CUDA event marks the end of every step; the first ones, in
+which it compiles, are left out, and the median over the others is reported, with the FLOP a token costs (the
+roofline's numerator) and the share of the chip's peak beside it.
+
+    python benchmarks/train_throughput.py --sizes 20m,60m,160m,320m        # one GPU
+    python benchmarks/train_throughput.py --sizes 20m --kinds ours --profile
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import BLUE, GREY, ORANGE, RESULTS, build, first_line, provenance, read_csv, this_device, write_csv
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback
+
+from small_doge.data.packing import PackedTokens, collate
+from small_doge.models import config_for
+from small_doge.training.arguments import PretrainArguments
+from small_doge.training.estimates import flops_per_token, peak_flops
+from small_doge.training.pretrain import PretrainTrainer, _Run
+
+OURS, DOGE, LLAMA = "ours", "transformers Doge", "transformers Llama"
+COLORS = {OURS: BLUE, DOGE: GREY, LLAMA: ORANGE}
+TOKENS = {"20m": 1 << 19, "60m": 1 << 20, "160m": 3 << 19, "320m": 1 << 21}  # a step, as in the recipes
+ROWS = {  # micro-batches, the largest tried that fit on 139 GiB
+    OURS: {"20m": 64, "60m": 64, "160m": 32, "320m": 16},
+    DOGE: {"20m": 32, "60m": 16, "160m": 8, "320m": 4},
+    LLAMA: {"20m": 64, "60m": 32, "160m": 16, "320m": 16},
+}
+BARS = {"20m": 2.5e6, "60m": 750e3, "160m": 330e3, "320m": 180e3}
+KEPT = {"input_ids", "labels"}
+
+
+class RandomDocuments(Dataset):
+    """Rows of random tokens, cut into documents of some 1,000 tokens on average, as those of web text are."""
+
+    def __init__(self, rows: int, row_length: int, vocab_size: int):
+        self.rows, self.row_length, self.vocab_size = rows, row_length, vocab_size
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(index)
+        ids = torch.randint(0, self.vocab_size, (self.row_length,), generator=g)
+        starts = torch.rand(self.row_length, generator=g) < 1e-3
+        starts[0] = True
+        at = torch.arange(self.row_length)
+        positions = at - torch.where(starts, at, 0).cummax(0).values
+        return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+
+
+class Plain(PretrainTrainer):
+    """The same Trainer for transformers' models, which compute their loss from logits."""
+
+    compute_loss = Trainer.compute_loss
+
+
+class Clock(TrainerCallback):
+    """CUDA events at the end of every step, and a profile of the last one if asked for."""
+
+    def __init__(self, profile: bool):
+        self.events: list[Any] = []
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if profile else None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.profiler and state.global_step == state.max_steps - 1:
+            self.profiler.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(torch.cuda.Event(enable_timing=True))
+        self.events[-1].record()
+        if self.profiler and state.global_step == state.max_steps:
+            torch.cuda.synchronize()
+            self.profiler.stop()
+            print(self.profiler.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=70))
+
+    def seconds(self, skip: int) -> list[float]:
+        torch.cuda.synchronize()
+        counted = self.events[skip - 1 :]
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(counted)]
+
+
+def measure(size: str, kind: str, args: argparse.Namespace, data: Any) -> dict[str, Any]:
+    """One row: a model of one kind and size, trained for some steps."""
+    start, device, row_length = time.perf_counter(), this_device(), args.row_length
+    config = config_for(size, vocab_size=args.vocab_size, max_position_embeddings=row_length)
+    rows = args.rows or ROWS[kind][size]
+    micro_batches = min(TOKENS[size] // (rows * row_length), args.micro_batches)
+    tokens = rows * row_length * micro_batches
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch.cuda.reset_peak_memory_stats()
+    model, clock = build(kind, config), Clock(args.profile)
+    if args.layers:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = PretrainArguments(
+            output_dir=folder, data="-", tokenizer="-", max_steps=args.steps + args.skip, bf16=this_device().type == "cuda", save_strategy="no",
+            per_device_train_batch_size=rows, gradient_accumulation_steps=micro_batches, torch_compile=not args.eager and not args.layers,
+            report_to="none", dataloader_num_workers=args.workers, max_grad_norm=1.0, learning_rate=1e-3, lr_scheduler_type="constant",
+        )  # fmt: skip
+        run = _Run(tokens, 4.0, 4.0, flops_per_token(config, row_length), peak_flops(device, bf16=True))
+        options: dict[str, Any] = {"train_dataset": data, "callbacks": [clock], "run": run}
+        if kind == OURS:
+            trainer = PretrainTrainer(model, arguments, data_collator=collate, **options)
+        else:
+            trainer = Plain(
+                model,
+                arguments,
+                data_collator=lambda rows: collate([{k: v for k, v in row.items() if k in KEPT} for row in rows]),
+                **options,
+            )
+        trainer.train()
+    step, losses = median(clock.seconds(args.skip)), [x["loss"] for x in trainer.state.log_history if "loss" in x]
+    rate, peak = tokens / step, peak_flops(device, bf16=True)
+    flops = flops_per_token(config, row_length)
+    row = {"size": size, "model": kind, "rows": rows, "micro_batches": micro_batches, "row_length": row_length}
+    row |= {"tokens_per_step": tokens, "steps": args.steps, "ms_per_step": round(1e3 * step, 1)}
+    row |= {"seconds": round(time.perf_counter() - start, 1)}
+    row |= {"tokens_per_second": round(rate), "loss": round(losses[-1], 4) if losses else ""}
+    row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "mflop_per_token": round(flops / 1e6, 1)}
+    row |= {"mfu": round(rate * flops / peak, 4) if peak else ""}
+    del trainer, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return row
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of tokens/s a size, on a logarithmic axis, with the share of the chip's peak above them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes, kinds = (list(dict.fromkeys(str(row[x]) for row in rows)) for x in ("size", "model"))
+    figure, axes = plt.subplots(figsize=(1.6 + 1.7 * len(sizes), 3.8), layout="constrained")
+    for i, kind in enumerate(kinds):
+        of_kind = {str(row["size"]): row for row in rows if row["model"] == kind and row.get("tokens_per_second")}
+        places = [g + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for g, s in enumerate(sizes) if s in of_kind]
+        found = [of_kind[s] for s in sizes if s in of_kind]
+        heights = [float(row["tokens_per_second"]) for row in found]
+        bars = axes.bar(places, heights, 0.75 / len(kinds), label=kind, color=COLORS.get(kind))
+        shares = [f"{float(row['mfu']):.0%}" if row["mfu"] else "" for row in found]
+        axes.bar_label(bars, [f"{h / 1e3:,.0f}k\n{m}" for h, m in zip(heights, shares, strict=True)], fontsize=7)
+    for g, size in enumerate(sizes):
+        if size in BARS:
+            axes.hlines(BARS[size], g - 0.4, g + 0.4, "black", linewidth=0.8, linestyle=":")
+    axes.set_yscale("log")
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.6)
+    axes.set_xticks(range(len(sizes)), sizes)
+    axes.set_ylabel("tokens per second (share of peak)")
+    axes.set_title(f"Pretraining, {rows[0]['device']}, 2,048 context, compiled", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="20m,60m,160m,320m")
+    parser.add_argument("--kinds", default=";".join((OURS, DOGE, LLAMA)))
+    parser.add_argument("--data", help="folder of `doge prepare`; random documents without it")
+    parser.add_argument("--row_length", type=int, default=2048)
+    parser.add_argument("--rows", type=int, help="rows of a micro-batch; by default what fits")
+    parser.add_argument("--micro_batches", type=int, default=1 << 20, help="at most so many a step")
+    parser.add_argument("--vocab_size", type=int, default=32768)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--skip", type=int, default=2, help="steps before those that count")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--layers", action="store_true", help="compile one layer and use it for all")
+    parser.add_argument("--profile", action="store_true", help="print what the last step's kernels take")
+    parser.add_argument("--draw", metavar="CSV", help="only draw the picture of an earlier run")
+    parser.add_argument("--output", default=str(RESULTS / "train_throughput.csv"))
+    args = parser.parse_args()
+    if args.draw:
+        return draw(read_csv(args.draw), Path(args.draw).with_suffix(".png"))
+    where, rows = provenance(this_device()), []
+    data = PackedTokens(args.data, "train") if args.data else RandomDocuments(1 << 20, args.row_length, args.vocab_size)
+    for size in args.sizes.split(","):
+        for kind in args.kinds.split(";"):
+            try:
+                row = measure(size, kind, args, data)
+            except torch.OutOfMemoryError as error:
+                row = {"size": size, "model": kind, "error": first_line(error)}
+            rows.append(row | where)
+            path = write_csv(rows, args.output)  # after every model: a run that is cut short leaves what it had
+            rate = f"{row['tokens_per_second']:>12,} tok/s  MFU {row['mfu']}" if "mfu" in row else row["error"]
+            bar = f"  bar {BARS[size]:,.0f}" if kind == OURS and size in BARS else ""
+            print(
+                f"{size:>5} {kind:<19} {rate}  {row.get('peak_gib', '')} GiB  loss {row.get('loss')}  {row.get('seconds')} s{bar}",
+                flush=True,
+            )
+    return draw([row for row in rows if row.get("tokens_per_second")], path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Memory and micro-batches, against what training took on a GPU."""
+
+import pytest
+import torch
+
+from small_doge.errors import UserError
+from small_doge.models import DogeForCausalLM, config_for
+from small_doge.training.estimates import largest_micro_batch, training_bytes
+from small_doge.training.pretrain import pretrain
+
+MEASURED = [  # size, rows of 2,048, peak GiB of a compiled step with AdamW: torch.cuda.max_memory_allocated, one H200
+    ("20m", 64, 9.97),
+    ("60m", 64, 37.57),
+    ("160m", 32, 41.57),
+    ("320m", 16, 40.24),
+]
+
+
+def sized(size):
+    config = config_for(size, vocab_size=32768, max_position_embeddings=2048)
+    with torch.device("meta"):
+        return config, sum(p.numel() for p in DogeForCausalLM(config).parameters())
+
+
+@pytest.mark.parametrize(("size", "rows", "gib"), MEASURED)
+def test_memory_is_estimated_within_15_percent(size, rows, gib):
+    estimate = training_bytes(*sized(size), rows, 2048, bf16=True, compiled=True) / 2**30
+    assert abs(estimate / gib - 1) < 0.15
+
+
+def test_the_largest_micro_batch_fits_divides_and_is_worth_it():
+    config, parameters = sized("320m")
+    found = {free: largest_micro_batch(config, parameters, 1024, 2048, True, True, free << 30) for free in (12, 24, 80)}
+    assert found == {12: 2, 24: 4, 80: 16}  # at 80 GiB 32 would be too many: 74 GiB of the 72 that may be used
+    assert training_bytes(config, parameters, 32, 2048, True, True) > 0.9 * (80 << 30)
+    assert largest_micro_batch(*sized("20m"), 256, 2048, True, True, 139 << 30) == 64  # more would fit and gain nothing
+    assert largest_micro_batch(config, parameters, 51, 2048, True, True, 80 << 30) == 17  # a divisor of 51
+    assert largest_micro_batch(*sized("tiny"), 8, 256, False, False, None) == 8
+    with pytest.raises(UserError, match="one row of 2,048 tokens needs about .* GiB and 2.0 are free"):
+        largest_micro_batch(config, parameters, 1024, 2048, True, True, 2 << 30)
+
+
+def test_a_found_micro_batch_leaves_the_step_as_it_is(arguments, tmp_path):
+    named = pretrain(arguments(max_steps=3, per_device_train_batch_size=4, tokens_per_step=4 * 2 * 32))
+    found = arguments(
+        max_steps=3, auto_find_batch_size=True, tokens_per_step=4 * 2 * 32, output_dir=str(tmp_path / "b")
+    )
+    folder = pretrain(found)
+    assert found.per_device_train_batch_size * found.gradient_accumulation_steps == 8
+    assert found.per_device_train_batch_size == 8
+    one, other = (torch.load(f / "training_args.bin", weights_only=False).rows_per_step for f in (named, folder))
+    assert one == other == 8
+
+
+def test_a_micro_batch_is_only_found_for_a_step_that_is_given(arguments):
+    with pytest.raises((ValueError, UserError), match="`auto_find_batch_size` is set without `tokens_per_step`"):
+        arguments(auto_find_batch_size=True)
