@@ -110,10 +110,21 @@ def measure(size: str, kind: str, args: argparse.Namespace, data: Any) -> dict[s
             layer.compile(dynamic=False)
     with tempfile.TemporaryDirectory() as folder:
         arguments = PretrainArguments(
-            output_dir=folder, data="-", tokenizer="-", max_steps=args.steps + args.skip, bf16=this_device().type == "cuda", save_strategy="no",
-            per_device_train_batch_size=rows, gradient_accumulation_steps=micro_batches, torch_compile=not args.eager and not args.layers,
-            report_to="none", dataloader_num_workers=args.workers, max_grad_norm=1.0, learning_rate=1e-3, lr_scheduler_type="constant",
-        )  # fmt: skip
+            output_dir=folder,
+            data="-",
+            tokenizer="-",
+            max_steps=args.steps + args.skip,
+            bf16=this_device().type == "cuda",
+            save_strategy="no",
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=micro_batches,
+            torch_compile=not args.eager and not args.layers,
+            report_to="none",
+            dataloader_num_workers=args.workers,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            on_bad_step="ignore",
+        )
         run = _Run(tokens, 4.0, 4.0, flops_per_token(config, row_length), peak_flops(device, bf16=True))
         options: dict[str, Any] = {"train_dataset": data, "callbacks": [clock], "run": run}
         if kind == OURS:
@@ -204,10 +215,8 @@ def main() -> None:
             path = write_csv(rows, args.output)  # after every model: a run that is cut short leaves what it had
             rate = f"{row['tokens_per_second']:>12,} tok/s  MFU {row['mfu']}" if "mfu" in row else row["error"]
             bar = f"  bar {BARS[size]:,.0f}" if kind == OURS and size in BARS else ""
-            print(
-                f"{size:>5} {kind:<19} {rate}  {row.get('peak_gib', '')} GiB  loss {row.get('loss')}  {row.get('seconds')} s{bar}",
-                flush=True,
-            )
+            rest = f"{row.get('peak_gib', '')} GiB  loss {row.get('loss')}  {row.get('seconds')} s{bar}"
+            print(f"{size:>5} {kind:<19} {rate}  {rest}", flush=True)
     return draw([row for row in rows if row.get("tokens_per_second")], path.with_suffix(".png"))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from small_doge.data import packing
+from small_doge.data import encoding, mixing, packing
 from small_doge.data.corpora import Document, open_corpus, split_of
 from small_doge.data.packing import PackedTokens, PrepareRecipe, collate, prepare, require_vocabulary
 from small_doge.data.tokenizer import TokenizerRecipe, decode_text, encode_text, load_tokenizer, train_tokenizer
@@ -113,9 +113,9 @@ def test_the_corpus_exercises_every_kind_of_row(home):
 @pytest.mark.parametrize("extra", range(LENGTH))
 def test_positions_and_labels_for_every_amount_of_padding(home, tmp_path, monkeypatch, extra):
     # A document of each length, so that the last row ends with padding of every amount, none included.
-    monkeypatch.setattr(packing, "encode_text", lambda tokenizer, texts: [[9] * (LENGTH + extra - 2) for _ in texts])
+    monkeypatch.setattr(encoding, "encode_text", lambda tokenizer, texts: [[9] * (LENGTH + extra - 2) for _ in texts])
     monkeypatch.setattr(
-        packing, "split_of", lambda document, fraction: "validation" if document.text == "x" else "train"
+        encoding, "split_of", lambda document, fraction: "validation" if document.text == "x" else "train"
     )
     (tmp_path / "two.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n', encoding="utf-8")
     rows = PackedTokens(prepare(recipe_of(home, tmp_path / "out", corpus=str(tmp_path / "two.jsonl"))), "train")
@@ -139,13 +139,13 @@ def test_documents_come_back_whole_with_one_begin_and_one_end_token_each(home, p
 
 def test_the_manifest_counts_what_is_there(home, packed):
     manifest = json.loads((packed / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert (manifest["row_length"], manifest["dtype"], manifest["vocab_size"]) == (LENGTH, "uint16", 500)
     assert (manifest["duplicates_dropped"], manifest["blank_dropped"]) == (2, 1)
     assert manifest["corpus"] == str(home / "corpus.jsonl")
     tokenizer_file = home / "tokenizer" / "tokenizer.json"
     assert manifest["tokenizer_sha256"] == hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
-    total = {"documents": 0, "bytes": 0}
+    total = {"documents": 0, "bytes": 0, "tokens": 0}
     for split, facts in manifest["splits"].items():
         rows, texts = PackedTokens(packed, split), texts_by_hand(home, split)
         assert facts["documents"] == len(texts)
@@ -153,8 +153,10 @@ def test_the_manifest_counts_what_is_there(home, packed):
         assert facts["tokens"] == sum(len(ids) for ids in rows.documents())
         predicted = sum((row["labels"] != -100).sum().item() for row in (rows[i] for i in range(len(rows))))
         assert rows.bytes_per_token() == pytest.approx(facts["bytes"] / predicted)
-        for kind, digest in facts["sha256"].items():
-            assert hashlib.sha256((packed / f"{split}.{kind}.bin").read_bytes()).hexdigest() == digest
+        for shard in facts["shards"]:
+            for kind, digest in shard["sha256"].items():
+                content = (packed / f"{shard['name']}.{kind}.bin").read_bytes()
+                assert hashlib.sha256(content).hexdigest() == digest
         total = {name: total[name] + facts[name] for name in total}
     assert manifest["sources"] == {str(home / "corpus.jsonl"): total}
 
@@ -175,19 +177,18 @@ def test_no_text_is_on_both_sides_and_more_documents_move_none(home, packed, tmp
 
 
 def test_batches_do_not_change_what_is_written(home, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "_BATCH_BYTES", 200)
+    monkeypatch.setattr(mixing, "_BATCH_BYTES", 200)
     other = prepare(recipe_of(home, tmp_path / "other", batch_documents=1000))
     assert (other / "manifest.json").read_bytes() == (packed / "manifest.json").read_bytes()
 
 
 def test_tokens_are_mapped_not_read_and_a_pickled_copy_maps_them_again(packed):
     rows = PackedTokens(packed, "train")
-    assert isinstance(rows.tokens, np.memmap)
-    assert isinstance(rows.offsets, np.memmap)
+    assert all(isinstance(mapped, np.memmap) for mapped in rows.shard(0))
     pickled = pickle.dumps(rows)
     assert len(pickled) < 1000
     copy = pickle.loads(pickled)  # noqa: S301 - our own
-    assert isinstance(copy.tokens, np.memmap)
+    assert all(isinstance(mapped, np.memmap) for mapped in copy.shard(0))
     assert torch.equal(copy[1]["input_ids"], rows[1]["input_ids"])
 
 
@@ -207,7 +208,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(home, packed, tmp_path, mon
             return 70_002
 
     monkeypatch.setattr(packing, "load_tokenizer", lambda folder: Large())
-    monkeypatch.setattr(packing, "encode_text", lambda tokenizer, texts: [[70_000]] * len(texts))
+    monkeypatch.setattr(encoding, "encode_text", lambda tokenizer, texts: [[70_000]] * len(texts))
     rows = PackedTokens(prepare(recipe_of(home, tmp_path / "large")), "train")
     assert rows.manifest["dtype"] == "uint32"
     assert rows[0]["input_ids"][:4].tolist() == [0, 70_000, 70_001, 0]
@@ -232,7 +233,7 @@ def test_a_run_that_breaks_off_leaves_nothing(home, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return encode_text(tokenizer, texts)
 
-    monkeypatch.setattr(packing, "encode_text", breaks)
+    monkeypatch.setattr(encoding, "encode_text", breaks)
     with pytest.raises(KeyboardInterrupt):
         prepare(recipe_of(home, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
@@ -271,7 +272,7 @@ def test_opening_what_is_absent_cut_short_or_of_another_format(packed, tmp_path)
         PackedTokens(packed, "test")
     copy = tmp_path / "copy"
     shutil.copytree(packed, copy)
-    for name in ("train.tokens.bin", "train.documents.bin"):
+    for name in ("train-00000.tokens.bin", "train-00000.documents.bin"):
         content = (copy / name).read_bytes()
         (copy / name).write_bytes(content[:-8])
         with pytest.raises(UserError, match=f"{name} was cut short: it has .* bytes, expected"):
@@ -282,8 +283,8 @@ def test_opening_what_is_absent_cut_short_or_of_another_format(packed, tmp_path)
         (copy / name).write_bytes(content)
     PackedTokens(copy, "train")
     manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
-    (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 2}), encoding="utf-8")
-    with pytest.raises(UserError, match="is of format 2, expected 1"):
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 1}), encoding="utf-8")
+    with pytest.raises(UserError, match="is of format 1, expected 2; pack the corpus again"):
         PackedTokens(copy, "train")
 
 

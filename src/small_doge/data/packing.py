@@ -1,20 +1,23 @@
-"""Packed tokens: a corpus as rows of one length on disk, and the dataset that reads them back by memory map.
+"""`doge prepare`: a corpus as rows of one length on disk, in shards; `packed` reads them back.
 
-All documents of a split stand one behind the other, each as begin token, text, end token, and the stream is cut into
-rows of ``row_length`` tokens wherever the cut falls; nothing is lost but the padding at the end of the last row.
+All documents of a split stand one behind the other, each as begin token, text, end token. A shard ends with the
+document that fills it, and is cut into rows of ``row_length`` tokens wherever the cut falls; nothing is lost but the
+padding at the end of its last row.
 
-    manifest.json              what is here, with counts and checksums
-    {split}.tokens.bin         (rows · row_length,) little-endian uint16, or uint32 above 65,536 entries
-    {split}.documents.bin      (documents + 1,) little-endian int64: where each document starts, and the end of the last
+    manifest.json                    what is here, with counts and checksums of every shard
+    {split}-00000.tokens.bin         (rows · row_length,) little-endian uint16, or uint32 above 65,536 entries
+    {split}-00000.documents.bin      (documents + 1,) little-endian int64: where each starts, and the end of the last
+    unfinished/                      while a run is under way: what continuing it needs
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,28 +27,23 @@ import numpy as np
 from .. import artifacts
 from ..errors import UserError
 from ..recipe import plain
-from .corpora import Corpus, Document, open_corpus, split_of, unique
-from .tokenizer import encode_text, load_tokenizer, tokenizer_file
+from .corpora import Corpus, open_corpus
+from .encoding import BLANK, Pool, Work, cores
+from .filters import check_filters
+from .mixing import Mix
+from .packed import FORMAT, IGNORED, PackedTokens, collate, fingerprint, read_manifest, require_vocabulary
+from .shards import SPLITS, UNFINISHED, Part, Run
+from .tokenizer import load_tokenizer, tokenizer_file
 
 if TYPE_CHECKING:
-    import torch
-    from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerFast
 
-    _Base = Dataset[dict[str, torch.Tensor]]
-else:
-    # A DataLoader asks a map-style dataset for __len__ and __getitem__ only; importing torch to inherit them would
-    # make every command that merely reads the recipe's fields two seconds slower.
-    _Base = object
-
-FORMAT = 1
-SPLITS = ("train", "validation")
-IGNORED = -100
-"""The label that the loss leaves out."""
+__all__ = ["FORMAT", "IGNORED", "SPLITS", "PackedTokens", "PrepareRecipe", "collate", "prepare", "require_vocabulary"]
 
 _STAGE = "prepare"
-_BATCH_BYTES = 16 << 20
-_OFFSETS = np.dtype("<i8")
+_DUPLICATE = "duplicate"
+# What does not change what comes out: where things lie, and how the work is cut up.
+_INDIFFERENT = ("output_dir", "tokenizer", "batch_documents", "workers", "verify")
 
 
 @dataclass
@@ -59,279 +57,260 @@ class PrepareRecipe:
     validation_fraction: float = field(
         default=0.01, metadata={"help": "share of documents kept for validation, picked by a hash of their text"}
     )
+    mix_by: str = field(default="tokens", metadata={"help": "what weights of a corpus count: `tokens` or `bytes`"})
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "stop at this many tokens for training; null for the whole corpus"}
+    )
+    filters: Any = field(
+        default=None,
+        metadata={
+            "help": "texts to leave out: a mapping of min_characters, max_characters, max_repeated_lines, "
+            "gopher_repetition, gopher_quality"
+        },
+    )
+    shard_tokens: int = field(default=1 << 26, metadata={"help": "tokens of a shard, after which a run can continue"})
     batch_documents: int = field(default=512, metadata={"help": "documents that are encoded at a time"})
+    workers: int | None = field(
+        default=None, metadata={"help": "processes that encode a corpus above 64 MB; null for one a core, 1 for none"}
+    )
+    verify: bool = field(default=False, metadata={"help": "check the hashes of a finished output_dir, write nothing"})
 
 
 def prepare(recipe: PrepareRecipe) -> Path:
     """Encode and pack a corpus into ``recipe.output_dir``; returns that folder.
 
-    A folder that already holds this run is left as it is. Memory is bounded by a batch of documents, and the digest
-    by which each duplicate is found (16 bytes, some 100 in a Python set).
+    A folder that already holds this run is left as it is. One that was begun is continued behind its last finished
+    shard, and holds the same bytes in the end, whatever ``workers`` is. Memory is bounded by the batches under way (4
+    MB of text, ``workers`` + 2 of each source) and the digest by which each duplicate is found (16 bytes, some 100 in
+    a Python set, so 100 MB a million documents).
 
     Raises:
         UserError: for settings out of range, a corpus or tokenizer that cannot be read, a split that gets no document,
-            and an output folder that holds something else.
+            a full disk, and an output folder that holds something else. Finished shards stay, and nothing else.
     """
-    _check(recipe)
+    filters = _check(recipe)
     folder = Path(recipe.output_dir)
-    # Where the tokenizer lies and how many documents are encoded at a time do not change what comes out.
-    settings = {k: v for k, v in plain(recipe).items() if k not in ("output_dir", "tokenizer", "batch_documents")}
-    settings["tokenizer_sha256"] = artifacts.sha256(tokenizer_file(recipe.tokenizer))
-    if artifacts.is_finished(folder, _STAGE, settings):
-        print(f"packed tokens {folder} are already there")
+    if recipe.verify:
+        _verify(folder)
         return folder
+    settings = {name: value for name, value in plain(recipe).items() if name not in _INDIFFERENT}
+    settings |= {"filters": filters, "tokenizer_sha256": artifacts.sha256(tokenizer_file(recipe.tokenizer))}
+    if (folder / artifacts.STAGE_FILE).exists() and (folder / "manifest.json").exists():
+        read_manifest(folder)  # an older format says so, rather than in which setting it differs
+        if artifacts.is_finished(folder, _STAGE, settings):
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            print(f"packed tokens {folder} are already there")
+            return folder
     tokenizer = load_tokenizer(recipe.tokenizer)
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"the tokenizer in {recipe.tokenizer} has no {name}, expected one to mark documents with")
     corpus = open_corpus(recipe.corpus)
-    print(f"packing {corpus.name} into {folder}")
+    facts = [part.facts for part in corpus.parts or (corpus,)]
+    run = Run(folder, settings, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
+    again = f", continuing behind part {len(run.records)}" if run.records else ""
+    print(f"packing {corpus.name} into {folder}{again}", flush=True)
     start = time.perf_counter()
-    with artifacts.staged(folder) as partial:
+    packer = _Packer(run, corpus, tokenizer, recipe, filters)
+    if recipe.max_tokens is not None:
+        left = max(0, recipe.max_tokens - packer.tokens["train"])
+        artifacts.require_space(folder, packer.dtype.itemsize * left, "what is still to be packed")
+    try:
+        run.begin()
+        found = packer.pack()
         manifest = {
             "format": FORMAT,
             "row_length": recipe.row_length,
-            "dtype": "uint16" if len(tokenizer) <= 1 << 16 else "uint32",
+            "dtype": _dtype(tokenizer),
             "vocab_size": len(tokenizer),
             "tokenizer_sha256": settings["tokenizer_sha256"],
-            "tokenizer_fingerprint": _fingerprint(recipe.tokenizer),
-            "corpus": settings["corpus"],
-            "validation_fraction": recipe.validation_fraction,
-            **_pack(corpus, tokenizer, recipe, partial),
+            "tokenizer_fingerprint": fingerprint(recipe.tokenizer),
+            **{name: settings[name] for name in ("corpus", "validation_fraction", "mix_by", "max_tokens", "filters")},
+            **found,
         }
-        artifacts.write_json(partial / "manifest.json", manifest)
+        artifacts.write_json(folder / "manifest.json", manifest)
         seconds = time.perf_counter() - start
-        artifacts.finish(partial, _STAGE, settings, seconds, splits=manifest["splits"])
+        splits = {name: {k: v for k, v in split.items() if k != "shards"} for name, split in manifest["splits"].items()}
+        artifacts.finish(folder, _STAGE, settings, seconds, splits=splits)
+    except BaseException as error:
+        run.abandon()
+        full = run.full(error) if isinstance(error, OSError) else None
+        if full is not None:
+            raise full from error
+        raise
+    run.close()
     counts = ", ".join(f"{s['tokens']:,} {name} tokens ({s['rows']:,} rows)" for name, s in manifest["splits"].items())
     print(f"wrote packed tokens {folder} in {seconds:.1f} s: {counts}")
     return folder
 
 
-def _check(recipe: PrepareRecipe) -> None:
+def _check(recipe: PrepareRecipe) -> dict[str, Any]:
+    """The filters, once every setting is seen to be in range."""
     if recipe.row_length < 8:
         raise UserError(f"row_length is {recipe.row_length}, expected at least 8")
     if not 0 < recipe.validation_fraction < 1:
         raise UserError(f"validation_fraction is {recipe.validation_fraction}, expected a number between 0 and 1")
-    if recipe.batch_documents < 1:
-        raise UserError(f"batch_documents is {recipe.batch_documents}, expected a whole number above 0")
+    if recipe.mix_by not in ("tokens", "bytes"):
+        raise UserError(f"mix_by is {recipe.mix_by!r}, expected tokens or bytes")
+    for name in ("batch_documents", "shard_tokens", "max_tokens", "workers"):
+        value = getattr(recipe, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}, expected a whole number above 0")
+    return check_filters(recipe.filters)
 
 
-def _pack(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, recipe: PrepareRecipe, folder: Path) -> dict[str, Any]:
-    """Write the .bin files of both splits into ``folder``; returns their part of the manifest."""
-    documents = unique(corpus)
-    sources: dict[str, dict[str, int]] = {}
-    dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-    writers = {split: _Writer(folder, split, dtype) for split in SPLITS}
-    progress = _Progress()
-    try:
-        for batch in _batches(documents, recipe.batch_documents):
-            for document, ids in zip(batch, encode_text(tokenizer, [d.text for d in batch]), strict=True):
-                size = len(document.text.encode())
-                writers[split_of(document, recipe.validation_fraction)].add([bos, *ids, eos], size)
-                source = sources.setdefault(document.source, {"documents": 0, "bytes": 0})
-                source["documents"] += 1
-                source["bytes"] += size
-            progress.show(writers.values())
-        total = sum(writer.documents for writer in writers.values())
-        for split, writer in writers.items():
-            if not writer.documents:
-                raise UserError(
-                    f"the corpus has {total:,} documents, of which none falls into {split} with validation_fraction "
-                    f"{recipe.validation_fraction}; choose another fraction or a corpus of more documents"
-                )
-            writer.end(recipe.row_length, pad)
-    finally:
-        for writer in writers.values():
-            writer.close()
-    return {
-        "splits": {split: writer.facts(recipe.row_length) for split, writer in writers.items()},
-        "duplicates_dropped": documents.duplicates,
-        "blank_dropped": documents.blank,
-        "sources": sources,
-    }
+def _verify(folder: Path) -> None:
+    start = time.perf_counter()
+    manifest = read_manifest(folder)
+    for split in manifest["splits"]:
+        PackedTokens(folder, split, check=False).verify()
+    shards = sum(len(split["shards"]) for split in manifest["splits"].values())
+    print(f"packed tokens {folder} are whole: {shards} shards in {time.perf_counter() - start:.1f} s")
 
 
-def _batches(documents: unique, limit: int) -> Iterator[list[Document]]:
-    """Lists of up to ``limit`` documents, fewer where they are long, so that a shelf of books fits into memory."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if len(batch) == limit or size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _dtype(tokenizer: PreTrainedTokenizerFast) -> str:
+    return "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
 
 
-class _Writer:
-    """The two files of one split, and their counts."""
+class _Packer:
+    """One run from where it stands to its end."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any]) -> None:
-        self.paths = {kind: folder / f"{split}.{kind}.bin" for kind in ("tokens", "documents")}
-        self.files = {kind: open(path, "wb") for kind, path in self.paths.items()}  # noqa: SIM115
-        self.dtype = dtype
-        self.documents = self.tokens = self.bytes = 0
+    def __init__(
+        self,
+        run: Run,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerFast,
+        recipe: PrepareRecipe,
+        filters: dict[str, Any],
+    ) -> None:
+        self.run, self.corpus, self.tokenizer, self.recipe = run, corpus, tokenizer, recipe
+        self.dtype = np.dtype(_dtype(tokenizer)).newbyteorder("<")
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+        self.work = Work(recipe.tokenizer, bos, eos, self.dtype.str, recipe.validation_fraction, filters)
+        state = run.records[-1]["state"] if run.records else {"sources": {}, "dropped": {}, "given": []}
+        self.sources: dict[str, dict[str, int]] = state["sources"]
+        self.dropped = Counter[str](state["dropped"])
+        self.given: list[int] = state["given"]
+        self.tokens = Counter[str]()  # of each split
+        self.documents = 0
+        for record in run.records:
+            for shard in record["shards"]:
+                self.tokens[shard["split"]] += shard["tokens"]
+                self.documents += shard["documents"]
 
-    def add(self, ids: list[int], size: int) -> None:
-        self.files["documents"].write(np.array(self.tokens, _OFFSETS).tobytes())
-        self.files["tokens"].write(np.array(ids, self.dtype).tobytes())
+    def pack(self) -> dict[str, Any]:
+        """Write every part that is missing; returns what the manifest says of them."""
+        recipe, positions = self.recipe, self.run.records[-1]["state"]["positions"] if self.run.records else None
+        with Pool(self.work, self.tokenizer, recipe.workers or cores()) as pool:
+            mix = Mix(self.corpus, pool, recipe.batch_documents, positions, self.given)
+            seen, progress = self.run.digests(), _Progress(self, mix)
+            part = self._part()
+            try:
+                documents = iter(mix)
+                while not self._enough() and (drawn := next(documents, None)) is not None:
+                    k, batch, i = drawn
+                    if (reason := batch.dropped[i]) is None and batch.digests[i] in seen:
+                        reason = _DUPLICATE
+                    if reason is not None:
+                        self.dropped[reason] += 1
+                        continue
+                    ids, size = batch.ids[batch.ends[i - 1] if i else 0 : batch.ends[i]], batch.sizes[i]
+                    mix.given[k] += len(ids) if recipe.mix_by == "tokens" else size
+                    seen.add(batch.digests[i])
+                    part.add(batch.splits[i], ids, size, batch.digests[i])
+                    self._count(batch.splits[i], batch.sources[i], len(ids), size)
+                    if part.tokens >= recipe.shard_tokens:
+                        self._finish(part, mix)
+                        part = self._part()
+                    progress.show()
+                self._require_both()
+                if recipe.max_tokens is not None and not self._enough():
+                    self._tell_the_end(recipe.max_tokens, mix)
+                if part.tokens:
+                    self._finish(part, mix)
+            finally:
+                part.close()
+        return self._facts()
+
+    def _part(self) -> Part:
+        return self.run.part(self.dtype, self.recipe.row_length, self.pad)
+
+    def _enough(self) -> bool:
+        return self.recipe.max_tokens is not None and self.tokens["train"] >= self.recipe.max_tokens
+
+    def _count(self, split: str, name: str, tokens: int, size: int) -> None:
+        self.tokens[split] += tokens
         self.documents += 1
-        self.tokens += len(ids)
-        self.bytes += size
+        source = self.sources.setdefault(name, {"documents": 0, "bytes": 0, "tokens": 0})
+        source["documents"] += 1
+        source["bytes"] += size
+        source["tokens"] += tokens
 
-    def end(self, row_length: int, pad: int) -> None:
-        self.files["documents"].write(np.array(self.tokens, _OFFSETS).tobytes())
-        self.files["tokens"].write(np.full(-self.tokens % row_length, pad, self.dtype).tobytes())
-        self.close()
+    def _finish(self, part: Part, mix: Mix) -> None:
+        state = {"sources": self.sources, "dropped": dict(self.dropped), "given": mix.given}
+        # As JSON at once: the counts go on, and the record is of now.
+        self.run.finish(part, {"state": json.loads(json.dumps({**state, "positions": mix.positions()}))})
 
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
+    def _tell_the_end(self, asked: int, mix: Mix) -> None:
+        what = f"corpus entry `{mix.ended}`, and with it the mix," if mix.ended else "the corpus"
+        print(
+            f"{what} ended at {self.tokens['train']:,} tokens for training, and max_tokens asks for {asked:,}; "
+            "what is there is packed",
+            file=sys.stderr,
+            flush=True,
+        )
 
-    def facts(self, row_length: int) -> dict[str, Any]:
+    def _require_both(self) -> None:
+        for split in SPLITS:
+            if not self.tokens[split]:
+                raise UserError(
+                    f"the corpus has {self.documents:,} documents, of which none falls into {split} with "
+                    f"validation_fraction {self.recipe.validation_fraction}; choose another fraction or a corpus of "
+                    "more documents"
+                )
+
+    def _facts(self) -> dict[str, Any]:
+        splits: dict[str, dict[str, Any]] = {}
+        for split in SPLITS:
+            shards = [s for record in self.run.records for s in record["shards"] if s["split"] == split]
+            digests = "".join(digest for shard in shards for digest in shard["sha256"].values())
+            splits[split] = {name: sum(s[name] for s in shards) for name in ("documents", "tokens", "bytes", "rows")}
+            splits[split]["sha256"] = hashlib.sha256(digests.encode()).hexdigest()  # of its shards' digests
+            splits[split]["shards"] = [{k: v for k, v in shard.items() if k != "split"} for shard in shards]
         return {
-            "documents": self.documents,
-            "tokens": self.tokens,  # begin and end tokens counted, padding not
-            "bytes": self.bytes,
-            "rows": -(-self.tokens // row_length),
-            "sha256": {kind: artifacts.sha256(path) for kind, path in self.paths.items()},
+            "splits": splits,
+            "duplicates_dropped": self.dropped.pop(_DUPLICATE, 0),
+            "blank_dropped": self.dropped.pop(BLANK, 0),
+            "filtered": dict(sorted(self.dropped.items())),
+            "sources": self.sources,
         }
 
 
 class _Progress:
-    """A line to stderr every few seconds."""
+    """A line to stderr every few seconds: what is done, how fast, and how long it will take where that is known."""
 
-    def __init__(self, every: float = 5.0) -> None:
-        self.every = every
+    def __init__(self, packer: _Packer, mix: Mix, every: float = 5.0) -> None:
+        self.packer, self.mix, self.every = packer, mix, every
         self.start = self.last = time.perf_counter()
+        self.before, self.share = packer.tokens.total(), self._share() or 0.0
 
-    def show(self, writers: Any) -> None:
+    def _share(self) -> float | None:
+        limit, read = self.packer.recipe.max_tokens, self.mix.fraction()
+        shares = [] if read is None else [read]
+        return max([*shares, self.packer.tokens["train"] / limit] if limit else shares, default=None)
+
+    def show(self) -> None:
         now = time.perf_counter()
         if now - self.last < self.every:
             return
         self.last = now
-        documents, size, tokens = (sum(getattr(w, name) for w in writers) for name in ("documents", "bytes", "tokens"))
-        speed = tokens / (now - self.start)
-        print(f"{documents:,} documents, {size / 1e6:,.1f} MB, {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
-
-
-def _fingerprint(tokenizer_folder: str | Path) -> str:
-    """SHA-256 of what tokenizer.json means: a use with padding leaves its settings in a copy saved afterwards."""
-    content = artifacts.read_json(tokenizer_file(tokenizer_folder))
-    meaning = {name: value for name, value in content.items() if name not in ("padding", "truncation")}
-    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
-
-
-class PackedTokens(_Base):
-    """The rows of one split, as a map-style dataset that PyTorch's DataLoader and transformers' Trainer take.
-
-    Row i is a dict of three int64 tensors of shape (row_length,):
-
-    - ``input_ids``: the tokens.
-    - ``position_ids``: 0, 1, 2 … from each document's start, or from the row's start for a document that began in an
-      earlier row; a position of 0 therefore begins a document. Padding counts as a document of its own.
-    - ``labels``: the tokens again (the model shifts them), with -100 at begin tokens, which follow from nothing, and
-      at padding.
-
-    The files are mapped, not read; a pickled copy, as worker processes get it, maps them again.
-
-    Raises:
-        UserError: if the folder is not one that `prepare` finished, is of another format, or its files were cut short.
-    """
-
-    def __init__(self, folder: str | Path, split: str) -> None:
-        self.folder, self.split = Path(folder), split
-        self.manifest = _read_manifest(self.folder)
-        if split not in self.manifest["splits"]:
-            raise UserError(f"{folder} has no split `{split}`, expected {' or '.join(self.manifest['splits'])}")
-        self.row_length: int = self.manifest["row_length"]
-        facts = self.manifest["splits"][split]
-        dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
-        self.tokens = self._map("tokens", dtype, facts["rows"] * self.row_length)
-        self.offsets = self._map("documents", _OFFSETS, facts["documents"] + 1)
-
-    def _map(self, kind: str, dtype: np.dtype[Any], count: int) -> np.memmap[Any, Any]:
-        path = self.folder / f"{self.split}.{kind}.bin"
-        if not path.is_file():
-            raise UserError(f"{path} does not exist, expected {count * dtype.itemsize:,} bytes")
-        size = path.stat().st_size
-        if size != count * dtype.itemsize:
-            how = "was cut short" if size < count * dtype.itemsize else "is too long"
-            raise UserError(f"{path} {how}: it has {size:,} bytes, expected {count * dtype.itemsize:,}")
-        return np.memmap(path, dtype, mode="r", shape=(count,))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder, self.split)
-
-    def __len__(self) -> int:
-        return int(self.manifest["splits"][self.split]["rows"])
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        import torch
-
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        first = index % len(self) * self.row_length
-        input_ids = self.tokens[first : first + self.row_length].astype(np.int64)
-        low, high = np.searchsorted(self.offsets, (first, first + self.row_length))
-        # The last offset, the end of the last document, is where padding starts: it begins a document like any other.
-        starts = self.offsets[low:high] - first
-        origin = np.zeros(self.row_length, np.int64)
-        origin[starts] = starts
-        position_ids = np.arange(self.row_length) - np.maximum.accumulate(origin)
-        labels = input_ids.copy()
-        labels[starts] = IGNORED
-        labels[max(0, int(self.offsets[-1]) - first) :] = IGNORED
-        row = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
-        return {name: torch.from_numpy(values) for name, values in row.items()}
-
-    def documents(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
-        """The token ids of each document from its begin to its end token, int64, in the order of the corpus."""
-        for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
-            yield self.tokens[start:end].astype(np.int64)
-
-    def bytes_per_token(self, split: str | None = None) -> float:
-        """UTF-8 bytes per predicted token, which is each but the begin tokens, of this split or of ``split``.
-
-        A loss in nats per label is loss / ln 2 / bytes_per_token in bits per byte.
-        """
-        facts = self.manifest["splits"][split or self.split]
-        return float(facts["bytes"] / (facts["tokens"] - facts["documents"]))
-
-    def check_tokenizer(self, folder: str | Path) -> None:
-        """Raise UserError unless the tokenizer in ``folder`` is the one the tokens were made with."""
-        found, expected = _fingerprint(folder), self.manifest["tokenizer_fingerprint"]
-        if found != expected:
-            raise UserError(
-                f"the tokenizer in {folder} (fingerprint {found[:12]}) is not the one that {self.folder} was packed "
-                f"with ({expected[:12]}); pack the corpus again with `doge prepare`"
-            )
-
-
-def require_vocabulary(folder: str | Path, vocab_size: int) -> None:
-    """Raise UserError if the tokens in ``folder`` need more entries than a model of ``vocab_size`` has."""
-    needed = _read_manifest(Path(folder))["vocab_size"]
-    if needed > vocab_size:
-        raise UserError(f"the tokens in {folder} are of a vocabulary of {needed:,}, and the model has {vocab_size:,}")
-
-
-def collate(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack rows, dicts of tensors of one shape, into a batch: each name a tensor (len(rows), row_length)."""
-    import torch
-
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no manifest.json, expected a folder that `doge prepare` wrote")
-    manifest = artifacts.read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise UserError(f"{path} is of format {found}, expected {FORMAT}; pack the corpus again with `doge prepare`")
-    return manifest
+        packer, seconds = self.packer, now - self.start
+        tokens, size = packer.tokens.total(), sum(source["bytes"] for source in packer.sources.values())
+        line = f"{packer.documents:,} documents, {size / 1e6:,.1f} MB, {tokens:,} tokens, "
+        line += f"{(tokens - self.before) / seconds:,.0f} tokens/s"
+        share = self._share()
+        if share is not None and share > self.share:
+            left = seconds * (1 - share) / (share - self.share)
+            line += f", {share:.0%}, {artifacts.duration(left)} left"
+        print(line, file=sys.stderr, flush=True)

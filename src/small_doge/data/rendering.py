@@ -61,6 +61,14 @@ class Renderer:
         """Each conversation in tokens; None for one that the template refuses."""
         return self._encode([self._pieces(messages) for messages in conversations])
 
+    def sizes(self, conversations: Sequence[list[Message]]) -> list[int]:
+        """UTF-8 bytes of the text that the tokens of each conversation hold: without begin, end and pad tokens."""
+        silent = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        return [
+            sum(len(text.encode()) for text, token, _ in self._pieces(messages) or () if token not in silent)
+            for messages in conversations
+        ]
+
     def texts(self, texts: Sequence[str]) -> list[Chat]:
         """Plain texts in tokens: begin token without loss, text and end token with; no template."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id

@@ -163,13 +163,15 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> lis
     The letters of a special token inside a text are letters and do not become that token, so that a text can neither
     end itself nor be lost: `decode_text` gives back the very string. The batch is encoded by several threads.
     """
-    return [encoding.ids for encoding in _plain(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)]
+    return [
+        encoding.ids for encoding in plain_tokenizer(tokenizer).encode_batch_fast(list(texts), add_special_tokens=False)
+    ]
 
 
 def decode_text(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """The text of token ids without begin, end and pad tokens; bytes that are not UTF-8 become U+FFFD."""
     skipped = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return _plain(tokenizer).decode([i for i in map(int, ids) if i not in skipped], skip_special_tokens=False)
+    return plain_tokenizer(tokenizer).decode([i for i in map(int, ids) if i not in skipped], skip_special_tokens=False)
 
 
 def decode_bytes(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> bytes:
@@ -274,7 +276,7 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
 _plain_copies: WeakKeyDictionary[Any, Tokenizer] = WeakKeyDictionary()
 
 
-def _plain(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the Rust tokenizer that knows no special tokens in text and neither pads nor cuts."""
     copy = _plain_copies.get(tokenizer)
     if copy is None or copy.get_vocab_size() != len(tokenizer):

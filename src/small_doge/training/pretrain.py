@@ -58,7 +58,7 @@ def pretrain(args: PretrainArguments) -> Path:
     assert args.tokenizer
     assert args.output_dir
     output_dir, started = Path(args.output_dir), time.perf_counter()
-    data = PackedTokens(args.data, "train")
+    data = PackedTokens(args.data, "train", check=False)
     validation = PackedTokens(args.data, "validation")
     tokenizer = load_tokenizer(args.tokenizer)
     row_length = data.manifest["row_length"]
@@ -72,6 +72,8 @@ def pretrain(args: PretrainArguments) -> Path:
     if run is None:
         print(f"{output_dir} holds this run already, finished")
         return output_dir
+    if args.local_process_index == 0:
+        data.verify()
     require_optimizer(args)
     require_reporters(args)
     checkpoint = newest(output_dir)
