@@ -50,8 +50,16 @@ _STAGES = {
         "experts for a dense model, or more of them, at the same logits",
         ("model", "output_dir"),
     ),
+    "quantize": (
+        "inference.quantize",
+        "QuantizeRecipe",
+        "quantize",
+        "weights of 16, 8 or 4 bits, and what they cost in bits per byte",
+        ("model", "output_dir"),
+    ),
     "generate": ("inference.generate", "GenerateRecipe", "generate", "complete a prompt", ("prompt",)),
     "chat": ("inference.chat", "ChatRecipe", "chat", "talk with a model that has been taught to answer", ("model",)),
+    "bench": ("inference.bench", "BenchRecipe", "bench", "tokens per second and memory on this CPU", ("model",)),
     "info": ("inference.info", "InfoRecipe", "info", "a model's size, state and attention path", ("model",)),
     "report": ("report.page", "ReportRecipe", "report", "one page about a run", ("run_dir",)),
 }

@@ -71,3 +71,12 @@ def test_rows_of_other_folders_stand_beside_and_differences_are_said():
     assert "No request was longer than the model reads." in table
     mine["scores"]["piqa"]["truncated"] = 3
     assert "2,048 tokens lost their start: PIQA 3 of 4." in markdown(mine, [])
+
+
+def test_speed_is_a_column_where_it_was_measured():
+    mine, other = results("mine", piqa=(0.6, 500, 0.5)), results("other", piqa=(0.5, 500, 0.5))
+    best = {"tokens_per_second": 1234.5, "precision": "int8", "threads": 2, "context": 64}
+    mine["speed"] = {"cpu": "a CPU", "best": best}
+    assert [row[-1] for row in table_rows(mine, [other])] == ["tokens/s on a CPU", "1,234", "", "", "142", "62"]
+    said = "Tokens/s of one reply after 64 tokens, int8 weights, 2 threads, a CPU (`doge bench`)"
+    assert said in markdown(mine, [])

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import artifacts
 from ..errors import UserError
-from .suites import PUBLISHED, SUITES, TASKS, Suite
+from .suites import PUBLISHED, PUBLISHED_SPEED, SUITES, TASKS, Suite
 
 RESULTS_FILE = "results.json"
 Z = 1.96  # standard errors on each side of a 95 % interval
@@ -79,19 +79,23 @@ def label(one: dict[str, Any], results: dict[str, Any]) -> str:
 def table_rows(results: dict[str, Any], others: list[dict[str, Any]]) -> list[list[str]]:
     """The table as rows of cells, the head first: a column for each task, a row for each model, for chance, for the
     published values."""
-    names = list(results["scores"])
+    names = [*results["scores"], *(["speed"] if any(one.get("speed") for one in (results, *others)) else [])]
 
     def row(first: str, cells: dict[str, str]) -> list[str]:
         return [first, *(cells.get(name, "") for name in names)]
 
-    rows = [row("", {name: TASKS[name].title for name in names})]
+    rows = [row("", {name: TASKS[name].title if name in TASKS else "tokens/s on a CPU" for name in names})]
     for one in (results, *others):
-        rows.append(row(label(one, results), {name: cell(score) for name, score in one["scores"].items()}))
+        cells = {name: cell(score) for name, score in one["scores"].items()}
+        speed = one.get("speed")
+        cells |= {"speed": f"{speed['best']['tokens_per_second']:,.0f}"} if speed else {}
+        rows.append(row(label(one, results), cells))
     chances = {name: score["chance"] for name, score in results["scores"].items()}
     rows.append(row("random guess", {name: f"{chance:.2f}" for name, chance in chances.items() if chance is not None}))
     if not SUITES[results["suite"]].chat:
         for model, scores in PUBLISHED.items():
-            rows.append(row(f"{model}, published", {name: f"{score:.2f}" for name, score in scores.items()}))
+            cells = {name: f"{score:.2f}" for name, score in scores.items()} | {"speed": f"{PUBLISHED_SPEED[model]:,}"}
+            rows.append(row(f"{model}, published", cells))
     return rows
 
 
@@ -120,6 +124,12 @@ def notes(results: dict[str, Any]) -> list[str]:
         found.append("No request was longer than the model reads.")
     found += [f"{TASKS[name].title}: {note}." for name, score in scores.items() for note in score["notes"]]
     found += results["notes"]
+    if results.get("speed"):
+        best, cpu = results["speed"]["best"], results["speed"]["cpu"]
+        found.append(
+            f"Tokens/s of one reply after {best['context']:,} tokens, {best['precision']} weights, {best['threads']} "
+            f"thread{'s' if best['threads'] > 1 else ''}, {cpu} (`doge bench`); published ones on an i7-11 CPU."
+        )
     if not SUITES[results["suite"]].chat:
         found.append(
             "Published rows are five-shot, with lighteval's prompts, and were not measured here; the others are the "

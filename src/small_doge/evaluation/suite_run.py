@@ -199,6 +199,15 @@ class _Progress:
             print(f"  {done:,} of {total:,} requests, about {artifacts.duration(left)} left", flush=True)
 
 
+def _speed(model: str) -> dict[str, Any] | None:
+    """What `doge bench` found for a model folder and left in it, if it has been run."""
+    path = Path(model) / "bench" / "bench.json"
+    if not path.is_file():
+        return None
+    found = artifacts.read_json(path)
+    return {"cpu": found["cpu"], "best": found["best"]}
+
+
 def _summarise(
     recipe: EvaluateRecipe,
     suite: Suite,
@@ -224,6 +233,7 @@ def _summarise(
         "limit": settings["limit"],
         "scores": scores,
         "notes": notes,
+        "speed": _speed(recipe.model),
         "settings": settings,
         "versions": artifacts.versions() | {"lm_eval": settings["lm_eval"]},
     }

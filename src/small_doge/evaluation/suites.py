@@ -110,6 +110,8 @@ PUBLISHED = {
         "Doge-60M": (26.41, 0.18, 50.46, 25.34, 61.43, 31.45, 28.00, 50.75),
     }.items()
 }
+# Tokens per second on an i7-11 CPU, from the model cards.
+PUBLISHED_SPEED = {"Doge-20M": 142, "Doge-60M": 62}
 
 
 def find_suite(name: str) -> Suite:

@@ -1,19 +1,30 @@
-"""Completing a prompt on the terminal, token by token, with transformers' own generation."""
+"""Completing a prompt on the terminal, token by token: with our engine on a CPU, with transformers elsewhere."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# As in the engine, which cannot be asked where Numba is not.
+PRECISIONS = ("float32", "bf16", "int8", "int4")
+PACKED_FILE = "weights.doge"
 
 
 @dataclass
 class GenerateRecipe:
     """A prompt, a model, and transformers' sampling options under their own names."""
 
-    model: str = field(metadata={"help": "model folder"})
+    model: str = field(metadata={"help": "model folder, or one that `doge quantize` wrote"})
     prompt: str = field(default="", metadata={"help": "text to continue"})
     max_new_tokens: int = field(default=128, metadata={"help": "tokens to add at most"})
     do_sample: bool = field(default=True, metadata={"help": "sample; false takes the likeliest token each time"})
@@ -23,6 +34,10 @@ class GenerateRecipe:
     repetition_penalty: float = field(default=1.0, metadata={"help": "above 1 makes repeating less likely"})
     seed: int | None = field(default=None, metadata={"help": "makes sampling repeatable"})
     stream: bool = field(default=True, metadata={"help": "print tokens as they come"})
+    precision: str = field(
+        default="auto", metadata={"help": "of weights on a CPU: float32, bf16, int8, int4, or auto, as they are stored"}
+    )
+    threads: int | None = field(default=None, metadata={"help": "on a CPU; null for one a core, 8 at most"})
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -31,8 +46,12 @@ class GenerateRecipe:
             raise ValueError(f"`temperature` is {self.temperature}, expected more than 0 (or --do_sample false)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` is {self.top_p}, expected more than 0 and at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"`top_k` is {self.top_k}, expected 0 or more")
         if self.repetition_penalty <= 0:
             raise ValueError(f"`repetition_penalty` is {self.repetition_penalty}, expected more than 0")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"`threads` is {self.threads}, expected at least 1")
 
 
 def generate(recipe: GenerateRecipe) -> str:
@@ -41,20 +60,101 @@ def generate(recipe: GenerateRecipe) -> str:
     Raises:
         UserError: if the model or its tokenizer cannot be opened, or their vocabularies differ.
     """
-    import sys
+    engine = open_engine(recipe.model, recipe.precision, recipe.threads)
+    if engine is None:
+        return _with_transformers(recipe)
+    return _with_engine(recipe, engine)
 
+
+def open_engine(
+    model: str, precision: str = "auto", threads: int | None = None, say: Callable[[str], Any] | None = None
+) -> Engine | None:
+    """The engine of a model folder, or None where transformers has to run it, the reason said in one sentence.
+
+    That is where a GPU is there and no precision was asked for, Numba is not, or the model is not one it runs.
+
+    Args:
+        say: takes the sentence; by default it goes to stderr.
+
+    Raises:
+        UserError: if the folder cannot be opened, or holds quantised weights, which nothing else can run.
+    """
+    say = say or (lambda sentence: print(sentence, file=sys.stderr))
+    if precision not in ("auto", *PRECISIONS):
+        raise UserError(f"precision is {precision!r}, expected auto, {', '.join(PRECISIONS)}")
+    quantised = Path(model, PACKED_FILE).is_file()
+    if precision == "auto" and not quantised and shutil.which("nvidia-smi"):  # torch takes seconds to say so
+        import torch
+
+        if torch.cuda.is_available():
+            return None
+    try:
+        from .engine import Engine, Unsupported
+    except ImportError as error:
+        if quantised:
+            raise UserError(
+                f"{model} holds quantised weights, which need Numba ({error}): pip install numba"
+            ) from error
+        say(f"generating with transformers in float32, several times slower: Numba is not here ({error})")
+        return None
+    try:
+        return Engine.open(model, precision, threads)
+    except Unsupported as error:
+        say(f"generating with transformers: the engine cannot run {model} ({error})")
+        return None
+
+
+def _with_engine(recipe: GenerateRecipe, engine: Engine) -> str:
+    from .engine import Sampling
+    from .engine.text import Tokenizer
+
+    tokenizer = Tokenizer(recipe.model)
+    _check_vocabulary(recipe.model, tokenizer.size, engine.shape.vocabulary)
+    sampling = Sampling(
+        recipe.temperature if recipe.do_sample else 0.0,
+        recipe.top_k if recipe.do_sample else 0,
+        recipe.top_p if recipe.do_sample else 1.0,
+        recipe.repetition_penalty,
+    )
+    ids = tokenizer.encode(recipe.prompt)
+    if not ids:
+        raise UserError("the prompt is empty and the tokenizer adds no begin token, expected some text")
+    start = time.perf_counter()
+    tokens: list[int] = []
+
+    def counted() -> Iterator[int]:
+        options: dict[str, Any] = {"max_new_tokens": recipe.max_new_tokens, "sampling": sampling, "seed": recipe.seed}
+        for token in engine.generate(ids, **options):
+            tokens.append(token)
+            yield token
+
+    if recipe.stream:
+        stream = tokenizer.stream()
+        print(tokenizer.decode(ids), end="", flush=True)
+        for token in counted():
+            print(stream.push(token), end="", flush=True)
+        print(stream.end())
+    else:
+        list(counted())
+    seconds = time.perf_counter() - start
+    text = tokenizer.decode([*ids, *tokens])
+    if not recipe.stream:
+        print(text)
+    how = f"cpu, {engine.precision}, {engine.threads} thread{'s' * (engine.threads > 1)}"
+    print(f"{len(tokens)} tokens, {len(tokens) / seconds:.1f} tokens/s on {how}", file=sys.stderr)
+    return text
+
+
+def _with_transformers(recipe: GenerateRecipe) -> str:
     import torch
     from transformers import TextStreamer, set_seed
 
     from ..data.tokenizer import load_tokenizer
-    from ..models import load_model
+    from ..models import load_causal_lm
 
-    model: Any = load_model(recipe.model)
+    model: Any = load_causal_lm(recipe.model)
     tokenizer: Any = load_tokenizer(recipe.model)
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {recipe.model} has {len(tokenizer):,} entries and its model {model.config.vocab_size:,}"
-        )
+    _check_vocabulary(recipe.model, len(tokenizer), model.config.vocab_size)
     if recipe.seed is not None:
         set_seed(recipe.seed)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,3 +173,8 @@ def generate(recipe: GenerateRecipe) -> str:
     new = ids.shape[1] - inputs["input_ids"].shape[1]
     print(f"{new} tokens, {new / seconds:.1f} tokens/s on {model.device.type}", file=sys.stderr)
     return text
+
+
+def _check_vocabulary(model: str, tokenizer: int, vocabulary: int) -> None:
+    if tokenizer > vocabulary:
+        raise UserError(f"the tokenizer of {model} has {tokenizer:,} entries and its model {vocabulary:,}")
