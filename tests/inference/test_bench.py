@@ -38,6 +38,13 @@ def test_it_leaves_a_table_a_picture_and_the_best_figure(model, capsys):
     assert f"at best {fastest:,.0f} tokens/s" in capsys.readouterr().out
 
 
+def test_a_size_stands_for_a_model_of_random_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["bench", "tiny", "--precisions", "[bf16]", "--threads", "[1]", "--contexts", "[3]", "--tokens", "1"]
+    assert cli.main([*words, "--rounds", "1", "--transformers", "false"]) == 0
+    assert json.loads((tmp_path / "runs/bench-tiny/bench.json").read_text())["best"]["precision"] == "bf16"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

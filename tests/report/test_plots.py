@@ -16,6 +16,13 @@ HISTORY = [
 ]
 
 
+WATCHED = [
+    {"step": 2 * i, "grad_norm": 1 / (i + 1)}
+    | {f"{name}/layer_{n}": 0.1 * i * (n + 1) for n in range(3) for name in ("A", "score_spread", "seen_distance")}
+    for i in range(4)
+]
+
+
 @pytest.mark.parametrize(
     "figure",
     [
@@ -24,6 +31,8 @@ HISTORY = [
         lambda: plots.bits_per_byte_figure(HISTORY),
         lambda: plots.learning_rate_figure(HISTORY),
         lambda: plots.balance_loss_figure([{"step": 1, "balance_loss": 1.5}, {"step": 2, "balance_loss": 1.1}]),
+        lambda: plots.watching_figure(WATCHED),
+        lambda: plots.watching_figure([{"step": 1, "grad_norm": 0.5}]),
         lambda: plots.expert_use_figure(np.array([[0, 0, 0, 7], [5, 5, 5, 5], [1, 2, 3, 4]])),
         lambda: plots.expert_use_figure(np.arange(1, 1025)[None]),
         lambda: plots.comparison_figure({"model": 2.1, "xz -9": 1.7}),
@@ -107,3 +116,11 @@ def test_attention_and_scores_are_those_of_the_formulas():
                 kept = np.argsort(score[head // 2, : query + 1])[-5:]
                 assert set(np.flatnonzero(attention[head, query])) == set(kept)
     assert not model.model.layers[0].self_attn.dt_proj._forward_hooks
+
+
+def test_what_was_watched_has_a_panel_each_and_a_curve_for_every_layer():
+    figure = plots.watching_figure(WATCHED)
+    drawn = {axes.get_ylabel(): len(axes.lines) for axes in figure.axes if axes.axison}
+    assert drawn == {"gradient norm": 1, "mean |A|": 3, "spread of the scores": 3, "distance seen, tokens": 3}
+    assert list(figure.axes[1].lines[2].get_ydata()) == pytest.approx([0, 0.3, 0.6, 0.9])
+    assert plots.watching_figure([{"step": 1, "loss": 3.0}]) is None

@@ -6,6 +6,7 @@ import csv
 import io
 import platform
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 BENCH_FILE = "bench.json"
 TRANSFORMERS = "transformers"
+_VOCABULARY = 32768  # of a size without a tokenizer
 _COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#999999")
 
 
@@ -27,8 +29,12 @@ _COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#999999")
 class BenchRecipe:
     """A model, and what to run it with."""
 
-    model: str = field(metadata={"help": "model folder, or one that `doge quantize` wrote"})
-    output_dir: str | None = field(default=None, metadata={"help": "folder to write (default: bench in the model)"})
+    model: str = field(
+        metadata={"help": "model folder, one that `doge quantize` wrote, or a size such as 20m, with random weights"}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder to write (default: bench in the model; of a size runs/bench-SIZE)"}
+    )
     precisions: list[str] = field(
         default_factory=lambda: ["float32", "bf16", "int8", "int4"],
         metadata={"help": "of the weights; a quantised folder has one alone, `auto`"},
@@ -60,22 +66,35 @@ def bench(recipe: BenchRecipe) -> Path:
         UserError: if the model cannot be opened, the engine cannot run it, or Numba is missing.
     """
     try:
-        from .engine import Engine
-        from .engine.threads import available_cores
+        import numba  # noqa: F401
     except ImportError as error:
         raise UserError(f"`doge bench` needs Numba ({error}): pip install numba") from error
-    folder = Path(recipe.output_dir) if recipe.output_dir else Path(recipe.model) / "bench"
+    from ..models import SIZES, DogeForCausalLM, config_for
+
+    with tempfile.TemporaryDirectory() as temporary:
+        model = recipe.model
+        if not Path(model).exists() and model.lower() in SIZES:
+            model = temporary
+            DogeForCausalLM(config_for(recipe.model, vocab_size=_VOCABULARY)).save_pretrained(model)
+        default = Path(f"runs/bench-{recipe.model}") if model == temporary else Path(model) / "bench"
+        return _bench(recipe, model, Path(recipe.output_dir) if recipe.output_dir else default)
+
+
+def _bench(recipe: BenchRecipe, model: str, folder: Path) -> Path:
+    from .engine import Engine
+    from .engine.threads import available_cores
+
     start, rows = time.perf_counter(), []
     counts = list(dict.fromkeys(n or min(available_cores(), 8) for n in recipe.threads))
     for threads in counts:
-        engines = {name: Engine.open(recipe.model, name, threads) for name in recipe.precisions}
+        engines = {name: Engine.open(model, name, threads) for name in recipe.precisions}
         for context in recipe.contexts:
             rows += _measure(engines, context, threads, recipe)
             print("\n".join(_line(row) for row in rows[-len(engines) :]), flush=True)
         for engine in engines.values():
             engine.close()
     if recipe.transformers:
-        rows += _transformers(recipe, counts)
+        rows += _transformers(recipe, model, counts)
     best = max((row for row in rows if row["precision"] != TRANSFORMERS), key=lambda row: row["tokens_per_second"])
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -127,13 +146,13 @@ def _measure(engines: dict[str, Engine], context: int, threads: int, recipe: Ben
     ]
 
 
-def _transformers(recipe: BenchRecipe, counts: list[int]) -> list[dict[str, Any]]:
+def _transformers(recipe: BenchRecipe, folder: str, counts: list[int]) -> list[dict[str, Any]]:
     """The same of transformers' own way to generate, with our model and cache, in float32."""
     import torch
 
     from ..models import load_model
 
-    model: Any = load_model(recipe.model).float()
+    model: Any = load_model(folder).float()
     before, rows = torch.get_num_threads(), []
     for threads in counts:
         torch.set_num_threads(threads)

@@ -119,6 +119,9 @@ def _figures(run: Run, sentence: str) -> tuple[dict[str, Figure], str]:
         figures["expert_use"] = plots.expert_use_figure(run.expert_counts)
     if any("balance_loss" in entry for entry in run.history):
         figures["balance_loss"] = plots.balance_loss_figure(run.history)
+    watched = plots.watching_figure(run.history)
+    if watched is not None:
+        figures["watching"] = watched
     for number, results in enumerate(run.suites.values(), 1):
         figures[f"scores_{number}"] = scores_figure(results, [])
     try:
@@ -195,6 +198,7 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
         "comparison": "Bits per byte of the model and of the baselines",
         "expert_use": "How often each expert of each layer was chosen, the most used first, and how many never were",
         "balance_loss": "Balance loss of the experts against the training step",
+        "watching": "Norm of the gradient, and what attention keeps in each layer, against the training step",
         **{name: "Score of each task, with what guessing gives" for name in figures if name.startswith("scores")},
     }
 
@@ -221,7 +225,8 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
             f"<figure><div class='pair'>{picture('loss')}{picture('bits_per_byte')}{picture('learning_rate')}</div>"
             "<figcaption>The loss is how surprised the model is by the next token, on average; bits per byte says the "
             "same for each byte of text, so it does not depend on how text is cut into tokens. When the held-out curve "
-            "rises while the training curve falls, the model learns by heart.</figcaption></figure>",
+            "rises while the training curve falls, the model learns by heart.</figcaption></figure>"
+            + _watched(figures, picture),
         ),
         ("Beside a compressor and counting", comparison),
         *([("Questions with known answers", _suites(run, picture))] if run.suites else []),
@@ -250,6 +255,18 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
 </body>
 </html>
 """
+
+
+def _watched(figures: dict[str, Figure], picture: Callable[[str], str]) -> str:
+    """What was watched beside the loss, if anything was."""
+    if "watching" not in figures:
+        return ""
+    words = (
+        "A gradient norm that jumps announces a loss that does. The other curves are one for each layer, the first "
+        "dark: A is where Dynamic Mask Attention departs from a sliding window, the spread of the scores is how much "
+        "it prefers some keys, and once texts are longer than the window, keys leave before their document ends."
+    )
+    return f"<figure>{picture('watching')}<figcaption>{text(words)}</figcaption></figure>"
 
 
 def _experts(run: Run, figures: dict[str, Figure], picture: Callable[[str], str]) -> str:

@@ -121,6 +121,51 @@ def balance_loss_figure(history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+WATCHED = {  # what `training.watching` logs for every layer
+    "A": "mean |A|",
+    "score_spread": "spread of the scores",
+    "evicted": "share of keys that leave",
+    "seen_distance": "distance seen, tokens",
+}
+
+
+def watching_figure(history: Sequence[dict[str, Any]]) -> Figure | None:
+    """The gradient's norm and what attention keeps, layer by layer, against the step; None if none of it was logged."""
+    import matplotlib
+
+    panels: dict[str, list[tuple[list[float], list[float]]]] = {"gradient norm": [series(history, "grad_norm")]}
+    names = list(dict.fromkeys(name for entry in history for name in entry))
+    for name, words in WATCHED.items():
+        panels[words] = [
+            series(history, key) for key in names if key.removeprefix("eval_").startswith(f"{name}/layer_")
+        ]
+    panels = {words: curves for words, curves in panels.items() if any(steps for steps, _ in curves)}
+    if not panels:
+        return None
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with _style():
+        figure, axes = _figure(WIDTH, 2.3 * rows + 0.4, rows, columns, squeeze=False, sharex=True)
+        places = list(axes.flat)
+        for one in places[len(panels) :]:
+            one.set_axis_off()
+        for one, (words, curves) in zip(places, panels.items(), strict=False):
+            shades = matplotlib.colormaps["viridis"]([i / max(1, len(curves) - 1) * 0.9 for i in range(len(curves))])
+            for i, (steps, values) in enumerate(curves):
+                color = BLUE if len(curves) == 1 else shades[i]
+                label = {0: "first layer", len(curves) - 1: "last layer"}.get(i) if len(curves) > 1 else None
+                one.plot(steps, values, color=color, linewidth=1.3, label=label, marker="o" if len(steps) == 1 else "")
+            one.set_ylabel(words)
+            one.set_ylim(bottom=0)
+        labelled = [one for one in places if one.get_legend_handles_labels()[0]]
+        if labelled:
+            labelled[0].legend()
+        for one in places[max(0, len(panels) - columns) : len(panels)]:
+            one.set_xlabel("Step")
+            one.xaxis.set_tick_params(labelbottom=True)
+    return figure
+
+
 def _curves(history: Sequence[dict[str, Any]], label: str, **names: str) -> Figure:
     """Curves of up to two names of the log history, each with its words for the legend."""
     with _style():
