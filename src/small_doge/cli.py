@@ -59,6 +59,7 @@ _STAGES = {
     ),
     "generate": ("inference.generate", "GenerateRecipe", "generate", "complete a prompt", ("prompt",)),
     "chat": ("inference.chat", "ChatRecipe", "chat", "talk with a model that has been taught to answer", ("model",)),
+    "serve": ("inference.serve", "ServeRecipe", "serve", "an OpenAI-compatible HTTP API and a chat page", ("model",)),
     "bench": ("inference.bench", "BenchRecipe", "bench", "tokens per second and memory on this CPU", ("model",)),
     "info": ("inference.info", "InfoRecipe", "info", "a model's size, state and attention path", ("model",)),
     "report": ("report.page", "ReportRecipe", "report", "one page about a run", ("run_dir",)),

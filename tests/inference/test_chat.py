@@ -11,7 +11,8 @@ import torch
 from small_doge.data.tokenizer import TokenizerRecipe, load_tokenizer, train_tokenizer
 from small_doge.errors import UserError
 from small_doge.inference import chat as module
-from small_doge.inference.chat import CharacterStreamer, ChatRecipe, Conversation, chat
+from small_doge.inference.chat import CharacterStreamer, ChatRecipe, Conversation, EngineConversation, chat
+from small_doge.inference.chat import open_conversation as opened
 from small_doge.models import DogeForCausalLM, config_for
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -39,8 +40,12 @@ def folder(tmp_path_factory):
 
 def answer_without_cache(talk, text):
     """The reply to a message from all tokens at once."""
-    inputs = torch.tensor([talk._prompt(text)])
-    out = talk.model.generate(inputs, attention_mask=torch.ones_like(inputs), **GREEDY)
+    return answer_to(talk.model, talk._prompt(text))
+
+
+def answer_to(model, prompt):
+    inputs = torch.tensor([prompt])
+    out = model.generate(inputs, attention_mask=torch.ones_like(inputs), **GREEDY)
     return out[0, inputs.shape[1] :].tolist()
 
 
@@ -67,6 +72,71 @@ def test_a_conversation_continues_in_its_cache(folder, monkeypatch):
     talk.reset()
     assert [m["role"] for m in talk.messages] == ["system"]
     assert talk.cache is None
+
+
+def on_the_engine(folder, **options):
+    pytest.importorskip("numba")
+    recipe = ChatRecipe(str(folder), system="be brief", threads=1, **GREEDY | options)
+    talk = opened(recipe)
+    assert isinstance(talk, EngineConversation)
+    return talk
+
+
+def test_the_engine_says_the_same_and_reads_only_what_is_new(folder):
+    """Past the window of 24 keys, over several turns, from one session."""
+    ours, theirs = on_the_engine(folder), Conversation.open(str(folder), "be brief", GREEDY)
+    session = None
+    for text in ("who reads é 🐕", "a book?", "x"):
+        shown, read = [], ours.cache.seen if ours.cache else 0
+        reply = ours.say(text, shown.append)
+        assert reply == theirs.say(text)
+        assert ours.ids == theirs.ids
+        assert "".join(shown).strip() == reply
+        assert session in (None, ours.cache)
+        session = ours.cache
+        assert session.seen in (len(ours.ids) - 1, len(ours.ids) - 2)  # all but what ended the reply
+        assert session.seen > read
+        assert 0 < ours.new_tokens <= 12
+    assert ours.messages == theirs.messages
+    ours.reset()
+    assert ours.cache is None
+
+
+@pytest.mark.parametrize("kind", ["engine", "transformers"])
+def test_regenerate(folder, kind):
+    options = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 30}
+    if kind == "engine":
+        talk = on_the_engine(folder, seed=3, **options)
+    else:
+        torch.manual_seed(3)
+        talk = Conversation.open(str(folder), "be brief", options)
+    assert not talk.can_regenerate
+    talk.say("one")
+    before, first = list(talk.ids), talk.say("two")
+    asked = talk._prompt("three")
+    second = talk.regenerate()
+    assert second != first
+    assert [m["content"] for m in talk.messages[-2:]] == ["two", second]
+    assert talk.ids[: len(before)] == before  # earlier replies keep their very tokens
+    assert talk._prompt("three") != asked
+    assert len(talk.messages) == 5
+    talk.say("three")
+
+
+def test_without_the_engine_it_is_said(folder, monkeypatch, capsys):
+    from small_doge.inference import generate
+
+    def refuse(*_, **__):
+        from small_doge.inference.engine import Unsupported
+
+        raise Unsupported("its layers are odd")
+
+    pytest.importorskip("numba")
+    monkeypatch.setattr("small_doge.inference.engine.Engine.open", refuse)
+    talk = opened(ChatRecipe(str(folder), **GREEDY))
+    assert type(talk) is Conversation
+    assert "with transformers: the engine cannot run" in capsys.readouterr().err
+    assert generate.open_engine is module.open_engine
 
 
 def test_special_tokens_typed_by_the_user_stay_letters(folder):
@@ -113,12 +183,31 @@ def test_commands(folder, monkeypatch, capsys):
     assert "a new conversation" in out
 
 
+def test_saving_and_asking_again(folder, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    (tmp_path / "taken").write_text("mine")
+    lines = ["/regenerate", "one", "/regenerate", "/save", f"/save {file}", f"/save {tmp_path / 'taken'}"]
+    out = run(monkeypatch, capsys, [*lines, f"/save {tmp_path / 'no' / 'x'}"], model=str(folder), system="be brief")
+    assert "there is no reply yet" in out
+    assert out.count("4 tokens, ") == 2
+    assert out.count("tokens/s)") == 2
+    assert "/save wants the name of a file" in out
+    assert "is there already" in out
+    assert "cannot be written: No such file" in out
+    (row,) = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_it_ends_with_its_input(folder, monkeypatch, capsys):
     assert module.HELP in run(monkeypatch, capsys, ["one"], model=str(folder))
 
 
-def test_ctrl_c_stops_the_reply_and_not_the_program(folder, monkeypatch, capsys):
-    talk = Conversation.open(str(folder), options=GREEDY | {"max_new_tokens": 200})
+@pytest.mark.parametrize("kind", ["engine", "transformers"])
+def test_ctrl_c_stops_the_reply_and_not_the_program(folder, kind):
+    long = GREEDY | {"max_new_tokens": 200}
+    other = Conversation.open(str(folder), "be brief", long)
+    talk = on_the_engine(folder, max_new_tokens=200) if kind == "engine" else other
     pieces, before = [], signal.getsignal(signal.SIGINT)
 
     def show(text):
@@ -132,8 +221,8 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(folder, monkeypatch, capsys)
     assert len(pieces) >= 3
     assert len(talk.ids) < 100
     assert talk.ids[-1] == talk.tokenizer.eos_token_id
-    expected = answer_without_cache(talk, "and?")
     prompt = talk._prompt("and?")
+    expected = answer_to(other.model, prompt)
     talk.options = GREEDY
     talk.say("and?")
     assert talk.ids[len(prompt) :][: len(expected)] == expected

@@ -12,7 +12,7 @@ from small_doge.models import DogeForCausalLM, DynamicMaskCache, config_for
 pytest.importorskip("numba")
 
 from small_doge.errors import UserError
-from small_doge.inference.engine import Engine, Unsupported
+from small_doge.inference.engine import Engine, Sampling, Unsupported
 from small_doge.inference.engine import pack as packing
 from small_doge.inference.engine import threads as crew
 from small_doge.inference.engine import weights as opening
@@ -291,6 +291,14 @@ def test_threads_go_with_their_engine(model):
     for worker in workers[-2:]:
         worker.join(5)
     assert threading.active_count() == before
+
+
+def test_nearly_cold_is_the_likeliest_token(engine):
+    engine.warm()
+    ids = some_ids(9)
+    likeliest = list(engine.generate(ids, max_new_tokens=12, stop=()))
+    for temperature in (1e-300, 1e-4):
+        assert list(engine.generate(ids, max_new_tokens=12, stop=(), sampling=Sampling(temperature))) == likeliest
 
 
 def test_bad_tokens(engine):

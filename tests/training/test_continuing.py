@@ -133,7 +133,8 @@ def test_a_checkpoint_says_where_it_is(run):
         ("checkpoint-11", {}, r"checkpoint-11 does not exist, expected a checkpoint-N folder or a model folder"),
     ],
 )
-def test_what_cannot_be_continued_is_said_in_one_sentence(run, tmp_path, name, fields, sentence):
+def test_what_cannot_be_continued_is_said_in_one_sentence(run, tmp_path, monkeypatch, name, fields, sentence):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nobody waits for a hub
     with pytest.raises(UserError, match=sentence):
         go_on(run, name, tmp_path / "on", max_steps=2, **fields)
     assert not (tmp_path / "on").exists()
@@ -205,6 +206,7 @@ def above_running_mean(before, after, window=40):
     return worst
 
 
+@pytest.mark.slow  # some fifteen seconds each
 @pytest.mark.parametrize("data", ["one", "two"])
 def test_continuing_shows_no_spike(stdlib, tmp_path, data):
     """At the rate of the stable stage, with moments and without. On new data the mean is that of its first steps."""

@@ -38,6 +38,7 @@ from .step import REGIONS
 from .threads import Crew, available_cores
 from .weights import open_weights
 
+_COLDEST = 1e-3  # a temperature
 _MATRIX_NAMES = {
     "qkv": QKV,
     "out": OUT,
@@ -100,6 +101,11 @@ class Engine:
     def generate(self, ids: Sequence[int] | np.ndarray, **options: Any) -> Iterator[int]:
         """Continue a text; the options are those of :meth:`Session.generate`."""
         return self.session().generate(ids, **options)
+
+    def warm(self) -> None:
+        """Compile what this machine has not compiled yet, and read the weights, before somebody waits for a token."""
+        for _ in self.generate((0, 0), max_new_tokens=2, sampling=Sampling(temperature=1.0), stop=(), seed=0):
+            pass
 
     def close(self) -> None:
         """Let the helping threads go. The engine still works, with the one that calls it."""
@@ -200,7 +206,9 @@ class Session:
         ends = set(engine.eos if stop is None else stop)
         random = np.random.default_rng(seed)
         space = np.empty(engine.shape.vocabulary, np.float32)
-        options = (float(sampling.temperature), sampling.top_k, float(sampling.top_p))
+        # Colder than this the likeliest token is certain anyway, and the quotients would overflow.
+        temperature = float(sampling.temperature) if sampling.temperature >= _COLDEST else 0.0
+        options = (temperature, sampling.top_k, float(sampling.top_p))
         options += (float(sampling.repetition_penalty),)  # type: ignore[assignment]
         if len(ids):
             self.feed(ids)
@@ -210,7 +218,7 @@ class Session:
         for i in range(max_new_tokens):
             if stopped is not None and stopped():
                 return
-            uniform = random.random() if sampling.temperature else 0.0
+            uniform = random.random() if temperature else 0.0
             token = int(choose(logits, self.used, *options, uniform, space))
             yield token
             if token in ends or i + 1 == max_new_tokens:
