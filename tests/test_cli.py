@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("doge-*/*.yaml"))
 STAGE_OF = {"tokenizer": "tokenizer", "prepare": "prepare", "pretrain": "pretrain"}
 STAGE_OF |= {"evaluate": "evaluate", "report": "report", "sft": "sft", "dpo": "dpo"}
-STAGE_OF |= {"questions": "questions", "answers": "answers"}
+STAGE_OF |= {"questions": "questions", "answers": "answers", "arithmetic": "arithmetic", "grpo": "grpo"}
 
 
 def doge(*words, **options):
@@ -28,7 +28,7 @@ def doge(*words, **options):
 
 
 def recipe_class(stage):
-    if stage in ("sft", "dpo"):
+    if stage in ("sft", "dpo", "grpo"):
         pytest.importorskip("trl", reason="TRL runs on Python 3.11 and newer")
     module, name, *_ = cli._STAGES[stage]
     return getattr(importlib.import_module(f"small_doge.{module}"), name)
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_is_one_sentence(tmp_path):
 def test_the_demo_is_the_recipes_of_doge_tiny():
     """No recipe of the demo differs from what each stage would do alone: it changes folders and minutes only."""
     source = (ROOT / "src" / "small_doge" / "demo.py").read_text(encoding="utf-8")
-    for name in STAGE_OF.keys() - {"sft", "dpo"}:  # where the demo does not go yet
+    for name in STAGE_OF.keys() - {"sft", "dpo", "grpo", "arithmetic"}:  # where the demo does not go yet
         assert f'settings("{name}"' in source
     for path in RECIPES:
         if path.parent.name == "doge-tiny":

@@ -26,8 +26,10 @@ _STAGES = {
         "questions about the standard library, for sft and dpo",
         (),
     ),
+    "arithmetic": ("data.arithmetic", "ArithmeticRecipe", "write_arithmetic", "questions of arithmetic, for grpo", ()),
     "sft": ("training.sft", "SFTArguments", "sft", "teach a pretrained model to answer, from conversations", ()),
     "dpo": ("training.dpo", "DPOArguments", "dpo", "teach it which of two replies is preferred", ()),
+    "grpo": ("training.grpo", "GRPOArguments", "grpo", "reward completions that a program finds right", ()),
     "evaluate": (
         "evaluation.evaluate",
         "EvaluateRecipe",

@@ -10,7 +10,7 @@ from small_doge.data.packing import PrepareRecipe, prepare
 from small_doge.data.tokenizer import TokenizerRecipe, train_tokenizer
 
 # TRL runs on Python 3.11 and newer
-collect_ignore = [] if importlib.util.find_spec("trl") else ["test_sft.py", "test_dpo.py"]
+collect_ignore = [] if importlib.util.find_spec("trl") else ["test_sft.py", "test_dpo.py", "test_grpo.py"]
 
 
 @pytest.fixture(scope="session")

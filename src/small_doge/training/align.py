@@ -1,4 +1,4 @@
-"""What `sft` and `dpo` share: the fields of their recipes, the run around TRL's trainers, and what those need from us.
+"""What `sft`, `dpo` and `grpo` share: the run around TRL's trainers, and what those need from us.
 
 TRL takes any model whose config has ``output_router_logits`` and a ``router_aux_loss_coef`` other than 0 for a mixture
 like Mixtral, asks it for router logits and computes Mixtral's balance loss from them. A dense Doge has both fields and
@@ -43,7 +43,8 @@ class Stage:
     """What tells one stage from the other."""
 
     name: str
-    # (recipe, tokenizer) → training rows, held-out rows, facts for the record, and "words" for a person
+    # (recipe, tokenizer) → training rows, held-out rows, facts for the record, and "words" for a person; the fact
+    # "steps" is how many there are, where rows do not say
     encode: Callable[[Any, Any], tuple[Any, Any, dict[str, Any]]]
     # (model, recipe, **options of a Trainer) → the trainer
     trainer: Callable[..., Any]
@@ -78,7 +79,7 @@ def align(args: Any, stage: Stage) -> Path:
     PartialState().wait_for_everyone()  # none writes into the folder before every process has looked at it
 
     train, held_out, facts = _encoded(args, stage, tokenizer, run)
-    max_steps = args.max_steps = _max_steps(args, len(train))
+    max_steps = args.max_steps = facts.get("steps") or _max_steps(args, len(train))
     if args.report_to in ("none", [], None) and importlib.util.find_spec("tensorboard"):
         args.report_to = ["tensorboard"]
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type == "cuda"

@@ -18,7 +18,7 @@ from .optimizer import decayed_parameters
 
 
 class AlignTrainer:
-    """What goes before ``SFTTrainer`` and ``DPOTrainer`` in the order of inheritance.
+    """What goes before ``SFTTrainer``, ``DPOTrainer`` and ``GRPOTrainer`` in the order of inheritance.
 
     A subclass has its loss in training, with the balance loss of experts in it (:meth:`training_loss`), and says what
     of a held-out example is summed (:meth:`examples`) into figures (:meth:`held_out_figures`): TRL averages batches,
@@ -64,6 +64,23 @@ class AlignTrainer:
     def held_out_figures(self, sums: list[float]) -> dict[str, float]:
         """Figures of all held-out examples from the sums of :meth:`examples`."""
         raise NotImplementedError
+
+    def watch_aux_loss(self, model: Any) -> None:
+        """Before ``super().__init__``: keep the balance loss of experts, which TRL's forward does not pass on."""
+        self._aux_loss: torch.Tensor | None = None
+        if model.config.is_moe:
+            model.base_model.register_forward_hook(self._keep_aux_loss)
+
+    def _keep_aux_loss(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        self._aux_loss = output.aux_loss if module.training else None
+
+    def with_balance_loss(self, loss: torch.Tensor, labels: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+        """A loss, and ``share`` of the balance loss of the forward pass before it, which is noted for the log."""
+        aux_loss, self._aux_loss = self._aux_loss, None
+        if aux_loss is None:
+            return loss
+        self.balance_loss.add(aux_loss, labels)
+        return loss + share * self.model.config.router_aux_loss_coef * aux_loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -155,6 +172,11 @@ class PrintAlignLog(PrintLog):
     # what TRL logs → how it is shown
     SHOWN = {  # noqa: RUF012
         "mean_token_accuracy": "token accuracy {:.3f}",
+        "reward": "reward {:.3f}",
+        "reward_std": "±{:.3f}",
+        "kl": "KL {:.4f}",
+        "completions/mean_length": "{:.1f} tokens",
+        "completions/ended": "{:.0%} end",
         "rewards/accuracies": "reward accuracy {:.3f}",
         "rewards/margins": "margin {:.3f}",
         "balance_loss": "balance {:.3f}",

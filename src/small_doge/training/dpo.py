@@ -52,9 +52,7 @@ class DogeDPOTrainer(AlignTrainer, DPOTrainer):
     """TRL's DPOTrainer on pairs that are ready, with held-out figures that mean something before training too."""
 
     def __init__(self, model: Any, args: DPOArguments, **options: Any):
-        self._aux_loss: torch.Tensor | None = None
-        if model.config.is_moe:
-            model.base_model.register_forward_hook(self._keep_aux_loss)  # TRL's forward passes on only what it knows
+        self.watch_aux_loss(model)
         super().__init__(model, args, **options)
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
@@ -63,15 +61,7 @@ class DogeDPOTrainer(AlignTrainer, DPOTrainer):
 
     def training_loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
         loss = DPOTrainer.compute_loss(self, model, inputs)
-        aux_loss, self._aux_loss = self._aux_loss, None
-        if aux_loss is not None:
-            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
-            self.balance_loss.add(aux_loss, labels)
-            loss = loss + self.model.config.router_aux_loss_coef * aux_loss
-        return loss
-
-    def _keep_aux_loss(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self._aux_loss = output.aux_loss if module.training else None
+        return self.with_balance_loss(loss, inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED))
 
     def examples(self, output: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Terms of each pair, in the order :meth:`held_out_figures` reads them.
