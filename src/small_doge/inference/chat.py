@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import artifacts
 from ..errors import UserError
-from .generate import open_engine
+from .generate import check_sampling, open_engine
 
 if TYPE_CHECKING:
     from .engine import Engine, Session
@@ -49,18 +49,7 @@ class ChatRecipe:
     threads: int | None = field(default=None, metadata={"help": "on a CPU; null for one a core, 8 at most"})
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` is {self.max_new_tokens}, expected at least 1")
-        if self.do_sample and self.temperature <= 0:
-            raise ValueError(f"`temperature` is {self.temperature}, expected more than 0 (or --do_sample false)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}, expected more than 0 and at most 1")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"`repetition_penalty` is {self.repetition_penalty}, expected more than 0")
-        if self.top_k < 0:
-            raise ValueError(f"`top_k` is {self.top_k}, expected 0 or more")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"`threads` is {self.threads}, expected at least 1")
+        check_sampling(self)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate``."""

@@ -40,18 +40,23 @@ class GenerateRecipe:
     threads: int | None = field(default=None, metadata={"help": "on a CPU; null for one a core, 8 at most"})
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` is {self.max_new_tokens}, expected at least 1")
-        if self.do_sample and self.temperature <= 0:
-            raise ValueError(f"`temperature` is {self.temperature}, expected more than 0 (or --do_sample false)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}, expected more than 0 and at most 1")
-        if self.top_k < 0:
-            raise ValueError(f"`top_k` is {self.top_k}, expected 0 or more")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"`repetition_penalty` is {self.repetition_penalty}, expected more than 0")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"`threads` is {self.threads}, expected at least 1")
+        check_sampling(self)
+
+
+def check_sampling(recipe: Any) -> None:
+    """Raise ValueError if a field that says how to sample is out of range."""
+    if recipe.max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` is {recipe.max_new_tokens}, expected at least 1")
+    if recipe.do_sample and recipe.temperature <= 0:
+        raise ValueError(f"`temperature` is {recipe.temperature}, expected more than 0 (or --do_sample false)")
+    if not 0 < recipe.top_p <= 1:
+        raise ValueError(f"`top_p` is {recipe.top_p}, expected more than 0 and at most 1")
+    if recipe.top_k < 0:
+        raise ValueError(f"`top_k` is {recipe.top_k}, expected 0 or more")
+    if recipe.repetition_penalty <= 0:
+        raise ValueError(f"`repetition_penalty` is {recipe.repetition_penalty}, expected more than 0")
+    if recipe.threads is not None and recipe.threads < 1:
+        raise ValueError(f"`threads` is {recipe.threads}, expected at least 1")
 
 
 def generate(recipe: GenerateRecipe) -> str:

@@ -279,3 +279,8 @@ def _save(trainer: Any, tokenizer: Any, output_dir: Path) -> None:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         merged.save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
+
+
+def prompt_text(row: Any) -> str:
+    """The prompt of a row as one text: all rows of one prompt are held out, or none is."""
+    return "\n".join(f"{m['role']}: {m['content']}" for m in row["prompt"])

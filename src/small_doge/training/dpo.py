@@ -12,7 +12,7 @@ from ..data.preferences import encode_preferences, read_preferences
 from ..errors import UserError
 from ..ops.linear_cross_entropy import IGNORED
 from ..recipe import described
-from .align import Stage, align, two_sides
+from .align import Stage, align, prompt_text, two_sides
 from .align_arguments import NEEDS_TRL, AlignArguments
 from .align_trainer import AlignTrainer
 
@@ -100,7 +100,7 @@ class DogeDPOTrainer(AlignTrainer, DPOTrainer):
 def encode(args: DPOArguments, tokenizer: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Training pairs and held-out pairs with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``; and facts."""
     max_length: Any = args.max_length
-    train, held_out, dropped = two_sides(args, read_preferences, _prompt)
+    train, held_out, dropped = two_sides(args, read_preferences, prompt_text)
     train, counts = encode_preferences(train, tokenizer, max_length, args.dataset_num_proc)
     held_out, _ = encode_preferences(held_out, tokenizer, max_length, args.dataset_num_proc)
     seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -113,11 +113,6 @@ def encode(args: DPOArguments, tokenizer: Any) -> tuple[Any, Any, dict[str, Any]
         "words": f"{len(train):,} pairs",
     }
     return train, held_out, facts
-
-
-def _prompt(row: dict[str, Any]) -> str:
-    """The prompt as one text: the pairs of one prompt are all held out or none."""
-    return "\n".join(f"{m['role']}: {m['content']}" for m in row["prompt"])
 
 
 STAGE = Stage(

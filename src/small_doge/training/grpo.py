@@ -8,7 +8,6 @@ question is answered once, by the likeliest token at every place; TRL's own look
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..data.rendering import Renderer
 from ..data.verifiable import read_questions
 from ..errors import UserError
 from ..recipe import described
-from .align import Stage, align, two_sides
+from .align import Stage, align, prompt_text, two_sides
 from .align_arguments import NEEDS_TRL, AlignArguments
 from .align_trainer import AlignTrainer
 from .rewards import REWARDS, rewards_of
@@ -170,7 +169,7 @@ def encode(args: GRPOArguments, tokenizer: Any) -> tuple[Any, Any, dict[str, Any
 
     The order is part of the data, not TRL's, whose sampler begins anew with the first order when a run is resumed.
     """
-    train, held_out, dropped = two_sides(args, read_questions, _question)
+    train, held_out, dropped = two_sides(args, read_questions, prompt_text)
     sides = []
     for dataset in (train, held_out):
         kept, counts = _fit(dataset, args, tokenizer)
@@ -229,11 +228,6 @@ def _fit(dataset: Any, args: GRPOArguments, tokenizer: Any) -> tuple[Any, dict[s
         why = "; ".join(f"{reason.removeprefix('dropped: ')} ({count:,})" for reason, count in reasons.items())
         raise UserError(f"of {len(prompts):,} questions none can be asked: {why}")
     return dataset.select(kept), reasons
-
-
-def _question(row: Mapping[str, Any]) -> str:
-    """The prompt as one text: a question is on one side, whatever verifies it."""
-    return "\n".join(f"{m['role']}: {m['content']}" for m in row["prompt"])
 
 
 STAGE = Stage(
