@@ -3,6 +3,7 @@
 python tests/ops/compile_kernels.py 90          # a compute capability, here 9.0
 """
 
+import importlib
 import json
 import os
 import re
@@ -19,11 +20,11 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from small_doge.ops.dynamic_mask import triton_attention, triton_window
-from small_doge.ops.dynamic_mask.sparse import HOPPER, OTHERS
+from small_doge.ops.dynamic_mask import triton_attention, triton_packed, triton_window
 
-CONSTANTS = {  # as for bfloat16, head size 128 and lists of keys
-    "attention": {"N": 1, "D": 128, "BLOCK_D": 128, "LISTED": True, "CHUNK": 1024, "EXACT": False},
+SPARSE, PACKED = (importlib.import_module(f"small_doge.ops.dynamic_mask.{x}") for x in ("sparse", "packed"))
+ATTENTION = {"N": 1, "D": 128, "BLOCK_D": 128, "EXACT": False}  # as for bfloat16 and head size 128
+CONSTANTS = {
     "list_keys": {"CHUNK": 1024, "BLOCK_M": 128, "BLOCK": 1024},
     "sort_keys": {"key_mask": None, "documents": None, "SHIFT": 22, "NARROW": True},
     "invert": {},
@@ -32,7 +33,7 @@ CONSTANTS = {  # as for bfloat16, head size 128 and lists of keys
     "position": {"C": 128, "KEYS": 32, "BLOCKS": 256},
 }
 TYPES = dict.fromkeys("q k v out do dq".split(), "*bf16") | {"scale": "fp32", "by_rank": "*i64"}
-TYPES |= dict.fromkeys("keys ends sizes ranges order e rank at_least threshold".split(), "*i32")
+TYPES |= dict.fromkeys("keys starts ends sizes ranges order e rank at_least threshold".split(), "*i32")
 TYPES |= dict.fromkeys("s scores lse delta dk dv db".split(), "*fp32")
 
 
@@ -63,10 +64,16 @@ def compiled(
 if __name__ == "__main__":
     capability = int(sys.argv[1])
     found = {}
-    for name, (queries, keys, warps, stages) in (HOPPER if capability == 90 else OTHERS).items():
-        constants = CONSTANTS["attention"] | {"BLOCK_M": queries, "BLOCK_N": keys}
+    tiles = SPARSE.HOPPER if capability == 90 else SPARSE.OTHERS
+    for name, (queries, keys, warps, stages) in tiles.items():
+        constants = ATTENTION | {"BLOCK_M": queries, "BLOCK_N": keys, "CHUNK": 1024}
         found[name] = compiled(getattr(triton_attention, name), capability, constants, warps, stages)
-    for name in CONSTANTS.keys() - {"attention"}:
+    for name, (queries, keys, warps, stages) in PACKED.HOPPER.items() if capability == 90 else ():
+        constants = ATTENTION | {"BLOCK_M": queries, "BLOCK_N": keys}
+        rows = {"q": queries, "do": queries, "k": keys, "v": keys}
+        blocks = {x: f"tensordesc<bf16[1, 1, {n}, 128]>" for x, n in rows.items()}
+        found["packed_" + name] = compiled(getattr(triton_packed, name), capability, constants, warps, stages, **blocks)
+    for name in CONSTANTS:
         warps = 8 if name in ("list_keys", "count_at_least") else 4
         found[name] = compiled(getattr(triton_window, name), capability, CONSTANTS[name], warps, 3, out="*i32")
     print(json.dumps(found))

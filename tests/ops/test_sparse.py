@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from small_doge.ops.dynamic_mask import eviction_times, reference, sparse, visible_keys
+from small_doge.ops.dynamic_mask import eviction_times, packed, reference, sparse, visible_keys
 
 pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
 
 launcher = importlib.import_module("small_doge.ops.dynamic_mask.sparse")
+packing = importlib.import_module("small_doge.ops.dynamic_mask.packed")
 folding = importlib.import_module("small_doge.ops.dynamic_mask.folded")
 window_module = importlib.import_module("small_doge.ops.dynamic_mask.window")
 
@@ -61,12 +62,13 @@ CASES = [  # B, H, M, T, D, w, local window, scores
 
 
 def compare(leaves, e, most, window, mask, local_window, rows):
+    """``sparse`` with eviction times e, or, without ``most``, ``packed`` with documents e, against the reference."""
     B, H, T, D = leaves[0].shape
     exact = [x.detach().double().requires_grad_() for x in leaves]
     cotangent = torch.randn(B, H, T, D, generator=torch.Generator().manual_seed(1)) * rows
     expected = reference(*exact, window, mask=mask, local_window=local_window)[0]
     expected_gradients = torch.autograd.grad((expected * cotangent).sum(), exact)
-    got = sparse(*leaves, e, most)
+    got = packed(*leaves, e) if most is None else sparse(*leaves, e, most)
     gradients = torch.autograd.grad((got * cotangent).sum(), leaves)
     assert relative_error(got * rows, expected * rows) < 1e-6
     largest = max(x.abs().max() for x in expected_gradients)
@@ -101,9 +103,43 @@ def test_kernels_with_documents_and_padding():
     compare(leaves, e, 71, 70, mask, 0, key_mask[:, None, :, None])
 
 
-@pytest.mark.parametrize(("T", "D"), [(1, 16), (33, 16), (130, 80)])
-def test_kernels_without_a_window_are_causal_attention(T, D):
-    compare(leaves_of(2, 4, 2, T, D, "random"), None, T, T, None, 0, 1.0)
+LENGTHS = [[1], [33], [130], [1, 2, 60, 68], [33, 31, 33], [1] * 40, [64, 64, 72], [95, 3, 32, 1]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda x: str(x)[:20])
+@pytest.mark.parametrize(("H", "M", "D"), [(2, 2, 16), (4, 2, 80), (2, 1, 24)])
+def test_kernels_of_packed_documents(lengths, H, M, D):
+    T = sum(lengths)
+    leaves = leaves_of(2, H, M, T, D, "minus infinity" if T == 97 else "random")
+    names = torch.randperm(500, generator=torch.Generator().manual_seed(T))[: len(lengths)].sort().values - 250
+    other = torch.arange(T) >= T // 2  # the second row's documents are cut elsewhere
+    documents = torch.stack([names.repeat_interleave(torch.tensor(lengths)), other.long()])
+    mask = visible_keys(T, T, documents.device, None, documents)
+    if T == 97:  # every query must see one key
+        leaves[3] = torch.where(mask.any(-2)[:, 0, None] & leaves[3].isinf(), 0.5, leaves[3]).detach().requires_grad_()
+    compare(leaves, documents, None, T, mask, 0, 1.0)
+
+
+def test_an_earlier_document_does_not_matter_at_all():
+    q, k, v, s = (x.detach() for x in leaves_of(1, 2, 1, 100, 16, "random"))
+    documents = (torch.arange(100) >= 37).long()[None]
+    plain = packed(q, k, v, s, documents)
+    k, v, s = k.clone(), v.clone(), s.clone()
+    k[:, :, :37], v[:, :, :37], s[:, :, :37] = -1e30, 1e30, torch.inf
+    assert torch.equal(packed(q, k, v, s, documents)[:, :, 37:], plain[:, :, 37:])
+
+
+def test_packed_reads_any_layout():
+    """Blocks are copied from addresses that are multiples of 16 bytes: other layouts are made one first."""
+    leaves = leaves_of(1, 2, 2, 50, 16, "random")
+    documents = torch.zeros(1, 50, dtype=torch.int32)
+    expected = packed(*leaves, documents)
+    wide = [torch.cat([x, x.new_zeros(*x.shape[:3], 1)], -1)[..., :16] for x in leaves[:3]]  # rows of 17 numbers
+    same = [x[:, :, :1, :1].expand(-1, -1, 50, 16) for x in leaves[:3]]
+    assert torch.equal(packed(*wide, leaves[3], documents), expected)
+    assert torch.equal(
+        packed(*same, leaves[3], documents), packed(*(x.contiguous() for x in same), leaves[3], documents)
+    )
 
 
 def test_scores_of_their_own_for_every_query_head():
@@ -164,24 +200,29 @@ def test_kernels_fit_a_gpu_without_spilling_registers(capability):
     """A process of its own: this one's Triton interprets. Registers that were spilled would show as stack."""
     command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), str(capability)]
     kernels = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert len(kernels) == 9
+    assert len(kernels) == (12 if capability == 90 else 9)
     for name, takes in kernels.items():
         assert takes["shared"] <= GPUS[capability] << 10, name
         # The fastest backward_keys on Hopper (benchmarks/tiles.py) spills a little outside its loop.
-        assert takes["stack"] <= (160 if (name, capability) == ("backward_keys", 90) else 0), name
-        attention = name in launcher.HOPPER
+        assert takes["stack"] <= (160 if name.endswith("backward_keys") and capability == 90 else 0), name
+        attention = name.removeprefix("packed_") in launcher.HOPPER
         assert takes["wgmma"] == (attention and capability == 90), name
 
 
-@pytest.mark.parametrize("window", [40, None])
-def test_the_operators_keep_what_torch_compile_relies_on(window):
+CHECKS = ("test_schema", "test_faketensor")  # not the values: what lies past the end of a list is never read
+
+
+def test_the_operators_keep_what_torch_compile_relies_on():
     """Shapes, strides and dtypes of the fake operators are those of the kernels, and the gradient is registered."""
     q, k, v, s = leaves_of(1, 2, 2, 150, 16, "random")
-    e = eviction_times(s, window) if window else None
-    checks = ("test_schema", "test_faketensor")  # not the values: what lies past the end of a list is never read
-    forward = (*checks, "test_autograd_registration")
-    torch.library.opcheck(launcher._forward, (q, k, v, s, e, window or 150), test_utils=forward)
-    out, lse, *lists = launcher._forward(q, k, v, s, e, window or 150)
+    e = eviction_times(s, 40)
+    forward = (*CHECKS, "test_autograd_registration")
+    torch.library.opcheck(launcher._forward, (q, k, v, s, e, 40), test_utils=forward)
+    out, lse, *lists = launcher._forward(q, k, v, s, e, 40)
     inputs = [x.detach() for x in (out, q, k, v, s)]
-    rest = [x.detach() for x in (out, lse, *lists)]
-    torch.library.opcheck(launcher._backward, (*inputs, e, *rest), test_utils=checks)
+    torch.library.opcheck(launcher._backward, (*inputs, e, out.detach(), lse, *lists), test_utils=CHECKS)
+
+    starts, ends = torch.zeros(1, 150, dtype=torch.int32), torch.full((1, 150), 150, dtype=torch.int32)
+    torch.library.opcheck(packing._forward, (q, k, v, s, starts, ends), test_utils=forward)
+    out, lse = (x.detach() for x in packing._forward(q, k, v, s, starts, ends))
+    torch.library.opcheck(packing._backward, (*inputs, starts, ends, out, lse), test_utils=CHECKS)

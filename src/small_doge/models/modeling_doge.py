@@ -148,14 +148,15 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         """
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         attended = F.dropout(attended, p=self.hidden_dropout, training=self.training)
-        hidden_states = self.input_residual * hidden_states + attended
+        hidden_states = (self.input_residual * hidden_states + attended).to(hidden_states.dtype)
         normed, router_logits, loss = self.post_attention_layernorm(hidden_states), None, None
         if isinstance(self.mlp, DogeCDMoE):
             transformed, router_logits, loss = self.mlp(normed, counted, balanced)
         else:
             transformed = self.mlp(normed)
         transformed = F.dropout(transformed, p=self.hidden_dropout, training=self.training)
-        return self.post_attention_residual * hidden_states + transformed, weights, router_logits, loss
+        hidden_states = (self.post_attention_residual * hidden_states + transformed).to(hidden_states.dtype)
+        return hidden_states, weights, router_logits, loss
 
 
 class DogePreTrainedModel(PreTrainedModel):

@@ -13,7 +13,8 @@ import torch
 from ..gpu import usable
 from .chunked import chunked
 from .decode import decode
-from .folded import folded, takes_documents
+from .folded import folded
+from .packed import packed, takes_heads
 from .reference import reference, visible_keys
 from .sparse import DTYPES, LARGEST_HEAD, sparse
 from .window import eviction_times, ranks
@@ -27,13 +28,14 @@ __all__ = [
     "dynamic_mask_attention",
     "eviction_times",
     "folded",
+    "packed",
     "ranks",
     "reference",
     "sparse",
     "visible_keys",
 ]
 
-PATHS = ("reference", "folded", "chunked", "sparse")
+PATHS = ("reference", "folded", "packed", "chunked", "sparse")
 FORCE = "DOGE_ATTENTION"  # environment variable that forces a path
 FEW_QUERIES = 16  # up to so many, ranking all keys for each costs less than finding out when every key leaves
 LARGEST_MASK = 1 << 26  # elements of a (B, 1, Tq, Tk) mask that `folded` may build for padding and documents
@@ -90,10 +92,11 @@ def dynamic_mask_attention(
         e = eviction_times(s, window, key_mask=key_mask, documents=documents, local_window=local_window)
         most = min(window + local_window, k.shape[2]) + (key_mask is not None)  # a padded position also sees itself
         if path == "sparse":
-            return sparse(q, k, v, s, e if described or k.shape[2] > window else None, most), None
+            return sparse(q, k, v, s, e, most), None
         return chunked(q, k, v, s, e, most, dropout_p=dropout_p), None
-    if path == "folded" and key_mask is None and documents is not None and takes_documents(q, k, dropout_p):
-        return folded(q, k, v, s, documents=documents), None
+    if path == "packed":
+        assert documents is not None
+        return packed(q, k, v, s, documents), None
     if mask is None and described:
         mask = visible_keys(q.shape[2], k.shape[2], q.device, key_mask, documents)
     if path == "folded":
@@ -127,7 +130,7 @@ def choose_path(
     fits = f"{Tk} keys, a window of {window}"
     forced = os.environ.get(FORCE)
     if forced:
-        cannot = _obstacle(forced, q, k, window, mask, dropout_p, return_weights)
+        cannot = _obstacle(forced, q, k, window, padded, packed, mask, dropout_p, return_weights)
         if cannot:
             raise ValueError(f"{FORCE} is {forced!r}, which cannot be: {cannot}")
         return forced, f"{FORCE} says so"
@@ -137,11 +140,11 @@ def choose_path(
         return ("folded" if Tk <= window else "reference"), f"a mask of its own for every query; {fits}"
     if Tk > window and Tq <= FEW_QUERIES < Tk:
         return "reference", f"few queries: {Tq} of {fits}"
-    if Tk <= window and packed and not padded and takes_documents(q, k, dropout_p):
-        return "folded", f"no key can drop out, and documents ride in the dot product: {fits}"
     described = padded or packed
-    # In float32 its kernels are exact, and slower than matrix products of PyTorch's.
-    if (Tk > window or described) and not _no_sparse(q, k, dropout_p) and _dtype(q) != torch.float32:
+    # In float32 our kernels are exact, and slower than matrix products of PyTorch's.
+    if (Tk > window or described) and not _no_kernels(q, k, dropout_p) and _dtype(q) != torch.float32:
+        if Tk <= window and not padded and takes_heads(q):
+            return "packed", f"documents, and no key can drop out: {fits}"
         return "sparse", f"{'keys drop out' if Tk > window else 'padding or documents'}: {fits}"
     if Tk > window:
         return "chunked", f"keys drop out: {fits}"
@@ -151,7 +154,15 @@ def choose_path(
 
 
 def _obstacle(
-    path: str, q: torch.Tensor, k: torch.Tensor, window: int, mask: bool, dropout_p: float, return_weights: bool
+    path: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    window: int,
+    padded: bool,
+    packed: bool,
+    mask: bool,
+    dropout_p: float,
+    return_weights: bool,
 ) -> str | None:
     """Why ``path`` cannot compute a call, or None if it can."""
     Tk = k.shape[2]
@@ -159,21 +170,26 @@ def _obstacle(
         return f"expected one of {', '.join(PATHS)}"
     if return_weights and path != "reference":
         return "only `reference` returns the attention weights"
-    if mask and path in ("chunked", "sparse"):
+    if mask and path in ("packed", "chunked", "sparse"):
         return f"`{path}` takes no mask of its own for every query"
-    if path == "folded" and Tk > window:
-        return f"`folded` drops no key, and there are {Tk} keys for a window of {window}"
-    return _no_sparse(q, k, dropout_p) if path == "sparse" else None
+    if path in ("folded", "packed") and Tk > window:
+        return f"`{path}` drops no key, and there are {Tk} keys for a window of {window}"
+    if path == "packed" and (padded or not packed):
+        return "`packed` takes documents, and no padding"
+    cannot = _no_kernels(q, k, dropout_p) if path in ("packed", "sparse") else None
+    if path == "packed" and not cannot and not takes_heads(q):
+        return "`packed` is made for compute capability 9.0, and for head sizes that are multiples of 8"
+    return cannot
 
 
-def _no_sparse(q: torch.Tensor, k: torch.Tensor, dropout_p: float) -> str | None:
-    """Why the kernels of `sparse` cannot compute a call, or None if they can."""
+def _no_kernels(q: torch.Tensor, k: torch.Tensor, dropout_p: float) -> str | None:
+    """Why the kernels of `packed` and `sparse` cannot compute a call, or None if they can."""
     if not usable(q):
-        return "`sparse` needs Triton and an NVIDIA GPU of compute capability 8.0 or more"
+        return "the kernels need Triton and an NVIDIA GPU of compute capability 8.0 or more"
     if _dtype(q) not in DTYPES or q.shape[3] > LARGEST_HEAD:
-        return f"`sparse` takes 16 and 32 bit floats and heads up to {LARGEST_HEAD}"
+        return f"the kernels take 16 and 32 bit floats and heads up to {LARGEST_HEAD}"
     if q.shape[2] != k.shape[2] or dropout_p:
-        return "`sparse` takes as many queries as keys, and no dropout"
+        return "the kernels take as many queries as keys, and no dropout"
     return None
 
 

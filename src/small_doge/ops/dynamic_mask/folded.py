@@ -1,9 +1,7 @@
 """Dynamic Mask Attention while no key can drop out (Tk ≤ w): the score rides inside the dot product.
 
 With q' = [q, 1] and k' = [k, √D · s],  q'·k' / √D = q·k / √D + s,  so any causal attention kernel computes it and
-its gradients, and none of them needs a (T, T) bias. Documents ride there too: with a number n that counts up along a
-row, [q', −P·n, P] · [k', 1, n] takes P · (n_i − n_j) off the score, which is exactly 0 within a document and, j ≤ i,
-drives every other document's weight to an exact 0.
+its gradients, and none of them needs a (T, T) bias.
 """
 
 from __future__ import annotations
@@ -17,10 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..gpu import kernels, usable
 
-# What an earlier document's keys lose, before the division by √D: exp underflows to 0 for any two scores less than some
-# 250 apart. A power of two, so that its multiples are exact; larger would cost the sum of the products its last bits.
-PENALTY = 4096.0
-_DIGIT = 64  # n in two digits, each exact in bfloat16
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -31,13 +25,9 @@ def folded(
     s: torch.Tensor,
     *,
     mask: torch.Tensor | None = None,
-    documents: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
-    """See :func:`small_doge.ops.dynamic_mask.dynamic_mask_attention`; (B, H, Tq, D) out, for Tk no larger than w.
-
-    ``documents``, of which a row has at most 16,384, where :func:`takes_documents` says so, and then without ``mask``.
-    """
+    """See :func:`small_doge.ops.dynamic_mask.dynamic_mask_attention`; (B, H, Tq, D) out, for Tk no larger than w."""
     (_, H, Tq, D), Tk = q.shape, k.shape[2]
     if s.shape[1] != k.shape[1]:  # a score of its own for every query head: keys differ between the heads of a group
         k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
@@ -53,15 +43,12 @@ def folded(
     half = k.dtype in (torch.bfloat16, torch.float16)
     # cuDNN leaves v as it is; FlashAttention wants one head size for q, k and v. Both want multiples of 8 at least.
     unequal = mask is None and half and _cudnn_takes_unequal_heads(q)
-    width = D + (2 if half else 1) + (0 if documents is None else 4)
+    width = D + (2 if half else 1)
     if k.is_cuda:
         width += -width % (16 if unequal else 8)
     # Compiled, the columns become part of the kernel that rotates q and k; otherwise they are one of their own.
-    if documents is None and half and usable(k) and not torch.compiler.is_compiling():
-        q, k = _widen(q, None, width), _widen(k, s, width)
-    else:
-        q_columns, k_columns = (None, None) if documents is None else _digits(documents, k.dtype)
-        q, k = _append(q, None, width, q_columns), _append(k, s, width, k_columns)
+    append = _widen if half and usable(k) and not torch.compiler.is_compiling() else _append
+    q, k = append(q, None, width), append(k, s, width)
     if not unequal:
         v = F.pad(v, (0, width - D))
 
@@ -79,39 +66,30 @@ def folded(
     return out[..., :D]
 
 
-def takes_documents(q: torch.Tensor, k: torch.Tensor, dropout_p: float) -> bool:
-    """Whether documents may ride along: where their columns find room beside the score's, which costs nothing."""
-    if not _cudnn_takes_unequal_heads(q):
-        return False
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-    return dtype == torch.bfloat16 and q.shape[2] == k.shape[2] and q.shape[3] <= 128 and not dropout_p
-
-
-def _digits(documents: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Documents (B, T) → the columns (B, 1, T, 4) of queries and of keys whose product is −P · (n_i − n_j)."""
-    n = F.pad(documents.diff(dim=-1) != 0, (1, 0)).cumsum(-1)  # 0, 1, 2 … whatever the documents are called
-    high, low, one = (x.to(dtype)[:, None, :, None] for x in (n // _DIGIT, n % _DIGIT, torch.ones_like(n)))
-    q_columns = torch.cat([-PENALTY * _DIGIT * high, -PENALTY * low, PENALTY * _DIGIT * one, PENALTY * one], dim=-1)
-    return q_columns, torch.cat([one, one, high, low], dim=-1)
-
-
-def _append(x: torch.Tensor, s: torch.Tensor | None, width: int, more: torch.Tensor | None = None) -> torch.Tensor:
-    """x (B, N, T, D) and columns up to (B, N, T, width): √D·s for keys, ones for queries (s None), ``more``, zeros."""
+def _append(x: torch.Tensor, s: torch.Tensor | None, width: int) -> torch.Tensor:
+    """x (B, N, T, D) and columns up to (B, N, T, width): √D·s for keys, ones for queries (s None), zeros."""
     D = x.shape[-1]
     parts = 2 if x.dtype in (torch.bfloat16, torch.float16) else 1
     columns = [x.new_ones(1, 1, 1, 1).expand(*x.shape[:3], parts)]
     if s is not None:
-        bias = s[..., None] * D**0.5
+        bias = s[..., None].to(torch.promote_types(s.dtype, torch.float32)) * D**0.5
         columns = [bias.to(x.dtype)]
         if parts == 2:
-            # √D·s needs more bits than a half has: a second column carries what rounding took from the first. No
-            # detach: the two gradients are equal, and the minus sign leaves exactly one of them.
-            lost = bias - columns[0].to(bias.dtype)
-            columns.append(torch.where(bias.isinf(), 0.0, lost).to(x.dtype))
-    if more is not None:
-        columns.append(more.expand(*x.shape[:3], -1))
+            # √D·s needs more bits than a half has: a second column carries what the first left out.
+            high = _cut(bias.detach(), x.dtype)
+            lost = torch.where(bias.isinf(), 0.0, bias - high)
+            columns = [high.to(x.dtype), lost.to(x.dtype)]  # the gradients of both are equal: one of them is enough
     x = torch.cat([x, *columns], dim=-1)
     return F.pad(x, (0, width - x.shape[-1]))
+
+
+def _cut(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in float32 with the bits that ``dtype`` has no room for at zero.
+
+    Bits, because torch.compile takes ``x.to(dtype).to(x.dtype)`` for x where both are in one kernel.
+    """
+    too_many = round(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)  # 2 ** (bits without room)
+    return (x.float().contiguous().view(torch.int32) & -too_many).view(torch.float32)
 
 
 @torch.library.custom_op("small_doge::widen", mutates_args=())

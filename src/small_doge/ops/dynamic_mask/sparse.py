@@ -30,7 +30,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def sparse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, e: torch.Tensor | None, most: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, e: torch.Tensor, most: int
 ) -> torch.Tensor:
     """See :func:`small_doge.ops.dynamic_mask.dynamic_mask_attention`, for as many queries as keys.
 
@@ -39,19 +39,18 @@ def sparse(
     Args:
         q: (B, H, T, D); k, v: (B, G, T, D); of one of ``DTYPES``, D up to ``LARGEST_HEAD``.
         s: (B, M, T).
-        e: (B, M, T) int32 eviction times; None: no key ever leaves.
+        e: (B, M, T) int32 eviction times.
         most: no query sees more keys than this.
 
     Returns:
-        (B, H, T, D), laid out as (B, T, H, D). The same inputs give the same bits, but for the gradients of k, v and s
-        where ``e`` is given: they are sums in an order that changes from run to run.
+        (B, H, T, D), laid out as (B, T, H, D). The same inputs give the same bits, but for the gradients of k, v and
+        s, which are sums in an order that changes from run to run.
     """
     if s.shape[1] != k.shape[1]:  # a mask of its own for every query head
         k, v = (x.repeat_interleave(s.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    e = None if e is None else e.contiguous()
-    return _forward(_readable(q), _readable(k), _readable(v), s.float().contiguous(), e, most)[0]
+    return _forward(_readable(q), _readable(k), _readable(v), s.float().contiguous(), e.contiguous(), most)[0]
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -65,38 +64,34 @@ def _tiles(kernel: str, q: torch.Tensor) -> Tiles:
     return (HOPPER if torch.cuda.get_device_capability(q.device)[0] == 9 else OTHERS)[kernel]
 
 
-def _allocate(
-    q: torch.Tensor, k: torch.Tensor, e: torch.Tensor | None, most: int
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """out (B, H, T, D), lse (B, H, T), and the lists that ``triton_window.list_keys`` describes, empty without e."""
+def _allocate(q: torch.Tensor, k: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """out (B, H, T, D), lse (B, H, T), and the lists that ``triton_window.list_keys`` describes."""
     B, H, T, D = q.shape
     out = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    shapes: list[tuple[int, ...]] = [(0,)] * 5
-    if e is not None:
-        R, chunks, old = k.shape[0] * k.shape[1], -(-T // CHUNK), -(-min(most, T) // 128) * 128
-        tiles = -(-T // _tiles("forward", q)[0])
-        lists = (R, chunks, old + CHUNK)
-        shapes = [lists, lists, lists, (R, chunks, 2), (R, tiles, 3)]
+    R, chunks, old = k.shape[0] * k.shape[1], -(-T // CHUNK), -(-min(most, T) // 128) * 128
+    tiles = -(-T // _tiles("forward", q)[0])
+    lists = (R, chunks, old + CHUNK)
+    shapes = [lists, lists, lists, (R, chunks, 2), (R, tiles, 3)]
     dtypes = (torch.int32, torch.int32, torch.float32, torch.int32, torch.int32)
     return out, lse, [torch.empty(x, dtype=y, device=q.device) for x, y in zip(shapes, dtypes, strict=True)]
 
 
 def _launch(
-    kernel: str, q: torch.Tensor, k: torch.Tensor, e: torch.Tensor | None, keys: torch.Tensor
+    kernel: str, q: torch.Tensor, k: torch.Tensor, keys: torch.Tensor
 ) -> tuple[dict[str, Any], tuple[int, int]]:
     """The arguments that the three attention kernels share, and the grid of one."""
     B, H, T, D = q.shape
     M = k.shape[1]
     BLOCK_M, BLOCK_N, warps, stages = _tiles(kernel, q)
-    chunks, old = (keys.shape[1], keys.shape[2] - CHUNK) if e is not None else (0, 0)
+    chunks, old = keys.shape[1], keys.shape[2] - CHUNK
     log2_e = 1.4426950408889634
-    arguments = {"T": T, "scale": D**-0.5 * log2_e, "M": M, "OLD": old, "N": H // M, "D": D, "LISTED": e is not None}
+    arguments = {"T": T, "scale": D**-0.5 * log2_e, "M": M, "OLD": old, "N": H // M, "D": D}
     arguments |= {"BLOCK_D": max(16, 1 << (D - 1).bit_length()), "CHUNK": CHUNK, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     arguments |= {"EXACT": q.dtype == torch.float32, "num_warps": warps, "num_stages": stages}
     if kernel != "backward_keys":
         return arguments, (-(-T // BLOCK_M), B * H)
-    return arguments, (-(-T // BLOCK_N) if e is None else chunks * (old + CHUNK) // BLOCK_N, B * M)
+    return arguments, (chunks * (old + CHUNK) // BLOCK_N, B * M)
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
@@ -105,32 +100,30 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 @torch.library.custom_op("small_doge::dynamic_mask_forward", mutates_args=())
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, e: torch.Tensor | None, most: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, e: torch.Tensor, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, lse and the five lists."""
-    out, lse, (keys, ends, scores, sizes, ranges) = _allocate(q, k, e, most)
-    T = q.shape[2]
-    if e is not None:
-        R, chunks, slots = keys.shape
-        rows = torch.arange(R, device=e.device)[:, None]
-        late = (rows * (T + 1) + T - e.view(R, T)).flatten()
-        if R * (T + 1) < 1 << 31:
-            late = late.int()  # half the passes of a radix sort
-        falling = late.argsort().view(R, T) - rows * T  # one sort of all rows
-        run: Any = kernels("dynamic_mask.triton_window")
-        run.list_keys[(chunks, R)](
-            falling.int(), e, s, keys, ends, scores, sizes, ranges, T, slots - CHUNK,
-            CHUNK=CHUNK, BLOCK_M=_tiles("forward", q)[0], BLOCK=1024, num_warps=8,
-        )  # fmt: skip
-    arguments, grid = _launch("forward", q, k, e, keys)
+    out, lse, (keys, ends, scores, sizes, ranges) = _allocate(q, k, most)
+    T, (R, _, slots) = q.shape[2], keys.shape
+    rows = torch.arange(R, device=e.device)[:, None]
+    late = (rows * (T + 1) + T - e.view(R, T)).flatten()
+    if R * (T + 1) < 1 << 31:
+        late = late.int()  # half the passes of a radix sort
+    falling = late.argsort().view(R, T) - rows * T  # one sort of all rows
+    run: Any = kernels("dynamic_mask.triton_window")
+    run.list_keys[(keys.shape[1], R)](
+        falling.int(), e, s, keys, ends, scores, sizes, ranges, T, slots - CHUNK,
+        CHUNK=CHUNK, BLOCK_M=_tiles("forward", q)[0], BLOCK=1024, num_warps=8,
+    )  # fmt: skip
+    arguments, grid = _launch("forward", q, k, keys)
     run = kernels("dynamic_mask.triton_attention")
-    run.forward[grid](q, k, v, s, keys, ends, scores, ranges, out, lse, *_strides(q, k, v, out), **arguments)
+    run.forward[grid](q, k, v, keys, ends, scores, ranges, out, lse, *_strides(q, k, v, out), **arguments)
     return out, lse, keys, ends, scores, sizes, ranges
 
 
 @_forward.register_fake
 def _(q, k, v, s, e, most):
-    out, lse, lists = _allocate(q, k, e, most)
+    out, lse, lists = _allocate(q, k, most)
     return out, lse, *lists
 
 
@@ -141,7 +134,7 @@ def _backward(
     k: torch.Tensor,
     v: torch.Tensor,
     s: torch.Tensor,
-    e: torch.Tensor | None,
+    e: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     keys: torch.Tensor,
@@ -154,18 +147,16 @@ def _backward(
     do = _readable(do)
     dq = torch.empty_strided(q.shape, q.stride(), dtype=q.dtype, device=q.device)
     delta = torch.empty_like(lse)
-    # Chunks add their parts to the gradients of the keys; without chunks they are written once.
-    make, dtype = (torch.empty, k.dtype) if e is None else (torch.zeros, torch.float32)
-    dk, dv = (make(k.shape, dtype=dtype, device=q.device) for _ in range(2))
-    ds = make(s.shape, dtype=torch.float32, device=q.device)
+    # Chunks add their parts to the gradients of the keys.
+    dk, dv, ds = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v, s))
     run: Any = kernels("dynamic_mask.triton_attention")
-    arguments, grid = _launch("backward_queries", q, k, e, keys)
+    arguments, grid = _launch("backward_queries", q, k, keys)
     run.backward_queries[grid](
-        q, k, v, s, keys, ends, scores, ranges, out, lse, do, delta, dq, *_strides(q, k, v, out, do), **arguments
+        q, k, v, keys, ends, scores, ranges, out, lse, do, delta, dq, *_strides(q, k, v, out, do), **arguments
     )
-    arguments, grid = _launch("backward_keys", q, k, e, keys)
+    arguments, grid = _launch("backward_keys", q, k, keys)
     run.backward_keys[grid](
-        q, k, v, s, keys, ends, scores, sizes, lse, do, delta, dk, dv, ds, *_strides(q, k, v, do), **arguments
+        q, k, v, keys, ends, scores, sizes, lse, do, delta, dk, dv, ds, *_strides(q, k, v, do), **arguments
     )
     return dq, dk.to(k.dtype), dv.to(v.dtype), ds
 

@@ -3,8 +3,7 @@
 Shapes: R = B·M rows of keys, each with N = H/M query heads; T positions; D head size. Logits are in base 2, as exp2 is
 what the hardware has: log₂ e is in ``scale`` and in the listed scores, and the log-sum-exp is stored so.
 
-With LISTED, queries find their keys in the lists of ``triton_window.list_keys``. Without, no key ever leaves, and the
-keys of a query are the positions up to its own.
+Queries find their keys in the lists of ``triton_window.list_keys``.
 """
 
 from __future__ import annotations
@@ -19,43 +18,26 @@ def _dot(a, b, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _keys(x, d, keys, scores, T, LISTED: tl.constexpr, D: tl.constexpr):
-    """Positions and biases of the keys in slots x (BLOCK_N,), and which numbers (BLOCK_N, BLOCK_D) of them exist."""
-    if LISTED:
-        j = tl.load(keys + x)
-        bias = tl.load(scores + x)
-        there = d[None, :] < D
-    else:
-        j = x
-        bias = tl.load(scores + x, mask=x < T, other=float("-inf")) * 1.4426950408889634
-        there = (x[:, None] < T) & (d[None, :] < D)
-    return j, bias, there
-
-
-@triton.jit
-def _hide(logits, i, j, x, ends, LISTED: tl.constexpr):
+def _hide(logits, i, j, x, ends):
     """Logits (BLOCK_M, BLOCK_N) of queries i and the keys j in slots x, −∞ where the key is not seen."""
-    seen = j[None, :] <= i[:, None]
-    if LISTED:
-        seen = seen & (i[:, None] < tl.load(ends + x)[None, :])
-    return tl.where(seen, logits, float("-inf"))
+    return tl.where((j[None, :] <= i[:, None]) & (i[:, None] < tl.load(ends + x)[None, :]), logits, float("-inf"))
 
 
 @triton.jit
 def _attend(
     acc, top, total, q, i, start, stop, keys, ends, scores, k, v, stride_k, stride_v, T, scale,
-    LISTED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """One pass of online softmax over the slots start ≤ x < stop."""
     d = tl.arange(0, BLOCK_D)
     for begin in range(start, stop, BLOCK_N):
         x = begin + tl.arange(0, BLOCK_N)
-        j, bias, there = _keys(x, d, keys, scores, T, LISTED, D)
+        j, bias, there = tl.load(keys + x), tl.load(scores + x), d[None, :] < D
         k_tile = tl.load(k + j[:, None] * stride_k + d[None, :], mask=there, other=0.0)
         logits = _dot(q, tl.trans(k_tile), tl.zeros([q.shape[0], BLOCK_N], tl.float32), EXACT) * scale + bias[None, :]
         if MASKED:
-            logits = _hide(logits, i, j, x, ends, LISTED)
+            logits = _hide(logits, i, j, x, ends)
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet
         p = tl.exp2(logits - shift[:, None])
@@ -68,31 +50,21 @@ def _attend(
 
 
 @triton.jit
-def _ranges(
-    i0, row, ranges, T, OLD, LISTED: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _ranges(i0, row, ranges, T, OLD, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where the list of the queries i0 … i0 + BLOCK_M − 1 begins, and the slots they see: up to `whole` all of them see
-    all, from there to `old` some do, and, where there is a list, from OLD to `new`."""
-    if LISTED:
-        base = (row * tl.cdiv(T, CHUNK) + i0 // CHUNK) * (OLD + CHUNK)
-        ranges += (row * tl.cdiv(T, BLOCK_M) + i0 // BLOCK_M) * 3
-        whole = tl.load(ranges) // BLOCK_N * BLOCK_N
-        old = tl.load(ranges + 1)
-        new = OLD + tl.load(ranges + 2)
-    else:
-        base = row * 0
-        whole = i0 // BLOCK_N * BLOCK_N
-        old = tl.minimum(i0 + BLOCK_M, T)
-        new = OLD
-    return base, whole, old, new
+    all, from there to `old` some do, and from OLD to `new`."""
+    base = (row * tl.cdiv(T, CHUNK) + i0 // CHUNK) * (OLD + CHUNK)
+    ranges += (row * tl.cdiv(T, BLOCK_M) + i0 // BLOCK_M) * 3
+    whole = tl.load(ranges) // BLOCK_N * BLOCK_N
+    return base, whole, tl.load(ranges + 1), OLD + tl.load(ranges + 2)
 
 
 @triton.jit
 def forward(
-    q, k, v, s, keys, ends, scores, ranges, out, lse,
+    q, k, v, keys, ends, scores, ranges, out, lse,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, T, scale,
-    M, OLD, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
+    M, OLD, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and query head. out: (B, H, T, D) by its strides; lse: (B·H, T) float32."""
@@ -109,9 +81,7 @@ def forward(
     k += b * stride_kb + m * stride_kh
     v += b * stride_vb + m * stride_vh
     q_tile = tl.load(q + i[:, None] * stride_qt + d[None, :], mask=here, other=0.0)
-    base, whole, old, new = _ranges(i0, row, ranges, T, OLD, LISTED, CHUNK, BLOCK_M, BLOCK_N)
-    if not LISTED:
-        scores = s + row * T
+    base, whole, old, new = _ranges(i0, row, ranges, T, OLD, CHUNK, BLOCK_M, BLOCK_N)
     keys += base
     ends += base
     scores += base
@@ -119,12 +89,11 @@ def forward(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc, top, total = _attend(acc, top, total, q_tile, i, 0, whole, keys, ends, scores, k, v, stride_kt, stride_vt, T,
-                              scale, LISTED, False, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+                              scale, False, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
     acc, top, total = _attend(acc, top, total, q_tile, i, whole, old, keys, ends, scores, k, v, stride_kt, stride_vt, T,
-                              scale, LISTED, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
-    if LISTED:
-        acc, top, total = _attend(acc, top, total, q_tile, i, OLD, new, keys, ends, scores, k, v, stride_kt, stride_vt,
-                                  T, scale, LISTED, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+                              scale, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+    acc, top, total = _attend(acc, top, total, q_tile, i, OLD, new, keys, ends, scores, k, v, stride_kt, stride_vt, T,
+                              scale, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
     acc = acc / total[:, None]
@@ -136,19 +105,19 @@ def forward(
 @triton.jit
 def _collect_dq(
     dq, q, do, lse, delta, i, start, stop, keys, ends, scores, k, v, stride_k, stride_v, T, scale,
-    LISTED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     for begin in range(start, stop, BLOCK_N):
         x = begin + tl.arange(0, BLOCK_N)
-        j, bias, there = _keys(x, d, keys, scores, T, LISTED, D)
+        j, bias, there = tl.load(keys + x), tl.load(scores + x), d[None, :] < D
         k_tile = tl.load(k + j[:, None] * stride_k + d[None, :], mask=there, other=0.0)
         v_tile = tl.load(v + j[:, None] * stride_v + d[None, :], mask=there, other=0.0)
         zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
         logits = _dot(q, tl.trans(k_tile), zeros, EXACT) * scale + (bias[None, :] - lse[:, None])
         if MASKED:
-            logits = _hide(logits, i, j, x, ends, LISTED)
+            logits = _hide(logits, i, j, x, ends)
         p = tl.exp2(logits)
         dp = _dot(do, tl.trans(v_tile), zeros, EXACT)
         ds = p * (dp - delta[:, None])
@@ -158,10 +127,10 @@ def _collect_dq(
 
 @triton.jit
 def backward_queries(
-    q, k, v, s, keys, ends, scores, ranges, out, lse, do, delta, dq,
+    q, k, v, keys, ends, scores, ranges, out, lse, do, delta, dq,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt, T, scale,
-    M, OLD, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
+    M, OLD, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries and query head: dq, and delta = Σ_d do·out (B·H, T) float32 for `backward_keys`.
@@ -187,20 +156,17 @@ def backward_queries(
     lse_i = tl.load(lse + at, mask=i < T, other=float("inf"))
     k += b * stride_kb + m * stride_kh
     v += b * stride_vb + m * stride_vh
-    base, whole, old, new = _ranges(i0, row, ranges, T, OLD, LISTED, CHUNK, BLOCK_M, BLOCK_N)
-    if not LISTED:
-        scores = s + row * T
+    base, whole, old, new = _ranges(i0, row, ranges, T, OLD, CHUNK, BLOCK_M, BLOCK_N)
     keys += base
     ends += base
     scores += base
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc = _collect_dq(acc, q_tile, do_tile, lse_i, delta_i, i, 0, whole, keys, ends, scores, k, v, stride_kt,
-                      stride_vt, T, scale, LISTED, False, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+                      stride_vt, T, scale, False, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
     acc = _collect_dq(acc, q_tile, do_tile, lse_i, delta_i, i, whole, old, keys, ends, scores, k, v, stride_kt,
-                      stride_vt, T, scale, LISTED, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
-    if LISTED:
-        acc = _collect_dq(acc, q_tile, do_tile, lse_i, delta_i, i, OLD, new, keys, ends, scores, k, v, stride_kt,
-                          stride_vt, T, scale, LISTED, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+                      stride_vt, T, scale, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+    acc = _collect_dq(acc, q_tile, do_tile, lse_i, delta_i, i, OLD, new, keys, ends, scores, k, v, stride_kt,
+                      stride_vt, T, scale, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
     acc *= scale * 0.6931471805599453
     tl.store(dq + at_q, acc.to(dq.dtype.element_ty), mask=here)
 
@@ -234,51 +200,42 @@ def _collect_dkv(
 
 @triton.jit
 def backward_keys(
-    q, k, v, s, keys, ends, scores, sizes, lse, do, delta, dk, dv, db,
+    q, k, v, keys, ends, scores, sizes, lse, do, delta, dk, dv, db,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_db, stride_dh, stride_dt, T, scale,
-    M, OLD, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
+    M, OLD, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of keys, chunk of queries and row: adds to dk, dv (R, T, D) and db (R, T), all float32.
 
-    With LISTED, dk, dv and db start at zero and every chunk adds its part, in no order that repeats.
+    dk, dv and db start at zero and every chunk adds its part, in no order that repeats.
     """
     row = tl.program_id(1).to(tl.int64)
     b, m = row // M, row % M
     d = tl.arange(0, BLOCK_D)
-    if LISTED:
-        tiles = (OLD + CHUNK) // BLOCK_N
-        chunks = tl.cdiv(T, CHUNK)
-        chunk = tl.program_id(0) // tiles
-        tile = tl.program_id(0) % tiles
-        size = tl.load(sizes + (row * chunks + chunk) * 2)
-        if tile * BLOCK_N >= OLD:
-            size = OLD + tl.load(sizes + (row * chunks + chunk) * 2 + 1)
-        if tile * BLOCK_N >= size:
-            return
-        base = (row * chunks + chunk) * (OLD + CHUNK)
-        x = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        j = tl.load(keys + base + x)
-        end = tl.load(ends + base + x)
-        bias = tl.load(scores + base + x)
-        there = (end[:, None] > 0) & (d[None, :] < D)
-        first = chunk * CHUNK
-        limit = tl.minimum(first + CHUNK, T)
-        low = tl.min(tl.where(end > 0, j, T), 0)
-        start = tl.maximum(first, low // BLOCK_M * BLOCK_M)
-        stop = tl.minimum(limit, tl.max(end, 0))
-        # Old keys are all seen, and need no mask, until the first of them leaves.
-        middle = tl.where(low < first, tl.minimum(tl.min(end, 0), limit) // BLOCK_M * BLOCK_M, start)
-        middle = tl.maximum(middle, start)
-    else:
-        j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        end = tl.where(j < T, T, 0)
-        bias = tl.load(s + row * T + j, mask=j < T, other=float("-inf")) * 1.4426950408889634
-        there = (j[:, None] < T) & (d[None, :] < D)
-        start = tl.program_id(0) * BLOCK_N // BLOCK_M * BLOCK_M
-        middle = tl.minimum((tl.program_id(0) + 1) * BLOCK_N, tl.cdiv(T, BLOCK_M) * BLOCK_M)  # masked to here, then not
-        stop = T
+    tiles = (OLD + CHUNK) // BLOCK_N
+    chunks = tl.cdiv(T, CHUNK)
+    chunk = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    size = tl.load(sizes + (row * chunks + chunk) * 2)
+    if tile * BLOCK_N >= OLD:
+        size = OLD + tl.load(sizes + (row * chunks + chunk) * 2 + 1)
+    if tile * BLOCK_N >= size:
+        return
+    base = (row * chunks + chunk) * (OLD + CHUNK)
+    x = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.load(keys + base + x)
+    end = tl.load(ends + base + x)
+    bias = tl.load(scores + base + x)
+    there = (end[:, None] > 0) & (d[None, :] < D)
+    first = chunk * CHUNK
+    limit = tl.minimum(first + CHUNK, T)
+    low = tl.min(tl.where(end > 0, j, T), 0)
+    start = tl.maximum(first, low // BLOCK_M * BLOCK_M)
+    stop = tl.minimum(limit, tl.max(end, 0))
+    # Old keys are all seen, and need no mask, until the first of them leaves.
+    middle = tl.where(low < first, tl.minimum(tl.min(end, 0), limit) // BLOCK_M * BLOCK_M, start)
+    middle = tl.maximum(middle, start)
     k_tile = tl.load(k + b * stride_kb + m * stride_kh + j[:, None] * stride_kt + d[None, :], mask=there, other=0.0)
     v_tile = tl.load(v + b * stride_vb + m * stride_vh + j[:, None] * stride_vt + d[None, :], mask=there, other=0.0)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -291,17 +248,12 @@ def backward_keys(
         at = (row * N + n) * T
         dk_tile, dv_tile, db_tile = _collect_dkv(
             dk_tile, dv_tile, db_tile, k_tile, v_tile, bias, j, end, start, middle, q_n, do_n, lse + at, delta + at,
-            stride_qt, stride_dt, T, scale, not LISTED, D, BLOCK_D, BLOCK_M, EXACT)  # fmt: skip
+            stride_qt, stride_dt, T, scale, False, D, BLOCK_D, BLOCK_M, EXACT)  # fmt: skip
         dk_tile, dv_tile, db_tile = _collect_dkv(
             dk_tile, dv_tile, db_tile, k_tile, v_tile, bias, j, end, middle, stop, q_n, do_n, lse + at, delta + at,
-            stride_qt, stride_dt, T, scale, LISTED, D, BLOCK_D, BLOCK_M, EXACT)  # fmt: skip
+            stride_qt, stride_dt, T, scale, True, D, BLOCK_D, BLOCK_M, EXACT)  # fmt: skip
     dk_tile *= scale * 0.6931471805599453
     at = (row * T + j)[:, None] * D + d[None, :]
-    if LISTED:
-        tl.atomic_add(dk + at, dk_tile, mask=there, sem="relaxed")
-        tl.atomic_add(dv + at, dv_tile, mask=there, sem="relaxed")
-        tl.atomic_add(db + row * T + j, db_tile, mask=end > 0, sem="relaxed")
-    else:
-        tl.store(dk + at, dk_tile.to(dk.dtype.element_ty), mask=there)
-        tl.store(dv + at, dv_tile.to(dv.dtype.element_ty), mask=there)
-        tl.store(db + row * T + j, db_tile, mask=j < T)
+    tl.atomic_add(dk + at, dk_tile, mask=there, sem="relaxed")
+    tl.atomic_add(dv + at, dv_tile, mask=there, sem="relaxed")
+    tl.atomic_add(db + row * T + j, db_tile, mask=end > 0, sem="relaxed")
