@@ -11,7 +11,9 @@ before the clock starts; one that is longer than the window is stood for by rand
 random keys and values (transformers). llama.cpp reads contexts within the window only: no Llama of its size drops keys.
 
 All take turns, some tokens each, round after round, and the figure is the median over rounds: a machine that is shared
-slows all of them. With one thread the clock is this process's processor time, with more the one on the wall.
+slows all of them. With one thread the clock is this process's processor time, with more the one on the wall. Then the
+machine rests before each turn: threads of OpenMP (llama.cpp, torch) spin for some 40 ms after their last work, on cores
+that the next contender is to use.
 
 llama.cpp is used where `llama_cpp` and `gguf` can be imported (`llama.py` says how) and is no dependency.
 """
@@ -46,6 +48,7 @@ CPU = torch.device("cpu")
 # Of llama.cpp in bf16 and int8, of transformers' Doge in float32 with int8, and of our own time at a short context.
 BARS = {"20m": 1.0, "60m": 1.0, "160m": 0.9, "320m": 0.9}
 TIMES_DOGE, LONG_CONTEXT = 10.0, 1.3
+REST, UNTIMED = 0.1, 3  # seconds before a turn, and tokens of it before its clock starts
 
 
 class Ours:
@@ -139,7 +142,10 @@ def take_turns(contenders: dict[Any, Callable[[], None]], threads: int, args: ar
     for _ in range(args.rounds):
         order.reverse()  # so that none always comes after the same one
         for name in order:
-            contenders[name]()  # what is held near the processor is of the one before
+            if threads > 1:
+                time.sleep(REST)
+            for _ in range(UNTIMED):  # what is held near the processor is of the one before
+                contenders[name]()
             start = clock()
             for _ in range(repeats[name]):
                 contenders[name]()

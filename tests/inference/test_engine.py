@@ -1,6 +1,8 @@
 """The CPU engine gives what the model gives: every variant, past the window, whatever the pieces it is fed in."""
 
 import gc
+import os
+import sys
 import threading
 
 import numpy as np
@@ -16,6 +18,7 @@ from small_doge.inference.engine import Engine, Sampling, Unsupported
 from small_doge.inference.engine import pack as packing
 from small_doge.inference.engine import threads as crew
 from small_doge.inference.engine import weights as opening
+from small_doge.inference.engine.crew import open_next, wait
 from small_doge.inference.engine.layout import TOKENS_AT_ONCE
 from small_doge.inference.engine.numbers import exp, grid, route, to_integers
 from small_doge.inference.engine.pack import PRECISIONS, decode, encode
@@ -267,8 +270,8 @@ def test_helpers_are_never_needed(model, monkeypatch):
     """Whether helpers come late, sleep at once or are not asked at all, the same bits come out."""
     ids = some_ids(60)
     want = Engine(pack_model("", "float32", model), threads=1).logits(ids)
-    for spins, naps in ((0, 0), (1, 3), (100000, 10)):
-        monkeypatch.setattr(crew, "SPINS", spins)
+    for spin, naps in ((0, 0), (1, 3), (10_000_000, 10)):
+        monkeypatch.setattr(crew, "SPIN", spin)
         monkeypatch.setattr(crew, "NAPS", naps)
         engine = Engine(pack_model("", "float32", model), threads=4)
         session = engine.session()
@@ -278,6 +281,58 @@ def test_helpers_are_never_needed(model, monkeypatch):
         assert difference(engine.logits(ids), want) < 1e-5
         engine.close()
         assert difference(engine.logits(ids), want) < 1e-5
+
+
+def test_a_thread_sleeps_only_when_another_is_long_gone():
+    """A chunk of a large matrix takes some ten microseconds: a leader that slept so soon gave up its helpers."""
+    region = np.zeros(16, np.int64)
+    at = region.ctypes.data
+    open_next(at, 1)
+    assert wait(at, 1, 0) == 0
+    for generation, spin in ((2, 30_000_000_000), (3, 0)):
+        opens = threading.Timer(0.05, open_next, (at, generation))
+        opens.start()
+        beyond = wait(at, generation, spin)
+        opens.join()
+        assert (beyond == 0) == (spin > 0)
+    assert crew.SPIN >= 100_000
+
+
+def test_helpers_are_given_up_for_what_they_cost():
+    control = np.zeros(160, np.int64)
+    control[crew.PATIENCE] = crew.FEWEST_ALONE
+    # Asleep for a hundredth of a step, as often as it may be in a long one: nothing lost.
+    crew.judge(control, 100_000, 10_000_000)
+    assert (control[crew.ALONE], control[crew.PATIENCE]) == (0, crew.FEWEST_ALONE)
+    for i in range(12):
+        crew.judge(control, 5_000_000, 10_000_000)
+        assert control[crew.ALONE] == min(crew.FEWEST_ALONE << i, crew.MOST_ALONE)
+    # One good step between two times that the core is taken away does not bring the short waits back.
+    control[crew.ALONE] = 0
+    crew.judge(control, 0, 10_000_000)
+    assert (control[crew.ALONE], control[crew.PATIENCE]) == (0, crew.MOST_ALONE - 1)
+    for _ in range(crew.MOST_ALONE):
+        crew.judge(control, 0, 10_000_000)
+    assert control[crew.PATIENCE] == crew.FEWEST_ALONE
+
+
+def test_no_helper_is_on_the_leaders_core(model):
+    """Linux may wake a helper on it though others are idle, and leave it there: two threads were as slow as one."""
+    assert crew.shares({0, 1}, 1, 1) == [{0}]
+    assert crew.shares({0, 1}, 0, 3) == [{1}, {1}, {1}]
+    assert crew.shares(set(range(8)), 3, 1) == [{0, 1, 2, 4, 5, 6, 7}]
+    assert crew.shares(set(range(8)), 0, 3) == [{1, 4, 7}, {2, 5}, {3, 6}]
+    assert crew.shares({5}, 5, 1) == []
+    cores = os.sched_getaffinity(0) if sys.platform == "linux" else set()
+    if len(cores) < 2:
+        return
+    engine = Engine(pack_model("", "float32", model), threads=3)
+    engine.logits([1, 2])
+    mine = engine._crew
+    assert mine._leaders_core in cores
+    found = [os.sched_getaffinity(helper.native_id) for helper in mine._helpers]
+    assert found == crew.shares(cores, mine._leaders_core, 2)
+    assert os.sched_getaffinity(0) == cores
 
 
 def test_threads_go_with_their_engine(model):

@@ -117,7 +117,7 @@ def start(shape, table, floats, work, ids, T):
 
 
 @compiled
-def step(shape, table, floats, slots, work, T, past, outputs, generation, threads, thread, spins):
+def step(shape, table, floats, slots, work, T, past, outputs, generation, threads, thread, spin):
     """Run the layers and the head; :func:`start` has been called by one thread.
 
     Args:
@@ -126,9 +126,10 @@ def step(shape, table, floats, slots, work, T, past, outputs, generation, thread
         outputs: how many of the last tokens get logits.
         generation: number of this step, larger than any before with the same ``work``.
         threads: in the crew; every one of them may call this, and the one that must is number 0.
+        spin: nanoseconds that a thread looks for the others' chunks before it sleeps.
 
     Returns:
-        How often this thread slept, waiting for another.
+        The nanoseconds that this thread waited for others beyond ``spin`` in each region: those in which it slept.
     """
     C, Cp, Ip, D = shape.C, shape.C_padded, shape.inner_padded, shape.D
     sync, mine = work.sync.ctypes.data, work.rows[thread]
@@ -136,7 +137,7 @@ def step(shape, table, floats, slots, work, T, past, outputs, generation, thread
     normed = (work.normed, work.normed16, work.factors[0])
     attended = (work.out, work.out16, work.factors[1])
     inner = (work.inner, work.inner16, work.factors[2])
-    region, slept, zero = sync, 0, np.int64(0)  # not a literal, for which all below would be compiled once more
+    region, asleep, zero = sync, 0, np.int64(0)  # not a literal, for which all below would be compiled once more
     for layer in range(shape.layers):
         row = table[layer]
         # Queries, keys and values
@@ -152,8 +153,8 @@ def step(shape, table, floats, slots, work, T, past, outputs, generation, thread
                 take_heads(shape, floats, row, slots, work, layer, T, past)
                 open_next(region, generation)
         if c == TOO_LATE:
-            return slept
-        slept += wait(region, generation, spins)
+            return asleep
+        asleep += wait(region, generation, spin)
         region += LINE
 
         # Attention
@@ -171,8 +172,8 @@ def step(shape, table, floats, slots, work, T, past, outputs, generation, thread
                 combine_all(shape, work, T, parts)
                 open_next(region, generation)
         if c == TOO_LATE:
-            return slept
-        slept += wait(region, generation, spins)
+            return asleep
+        asleep += wait(region, generation, spin)
         region += LINE
 
         # Its output
@@ -189,8 +190,8 @@ def step(shape, table, floats, slots, work, T, past, outputs, generation, thread
                 norm_all(shape, floats, row[NORM_2], work, T)
                 open_next(region, generation)
         if c == TOO_LATE:
-            return slept
-        slept += wait(region, generation, spins)
+            return asleep
+        asleep += wait(region, generation, spin)
         region += LINE
 
         # Gate and up, whose rows stand in turn; and the router
@@ -222,8 +223,8 @@ def step(shape, table, floats, slots, work, T, past, outputs, generation, thread
                     work.factors[2, t] = to_integers(work.inner[t], shape.inner, work.inner16[t])
                 open_next(region, generation)
         if c == TOO_LATE:
-            return slept
-        slept += wait(region, generation, spins)
+            return asleep
+        asleep += wait(region, generation, spin)
         region += LINE
 
         # Down, and the experts
@@ -251,12 +252,12 @@ def step(shape, table, floats, slots, work, T, past, outputs, generation, thread
                 norm_all(shape, floats, table[layer + 1, NORM], work, T)
                 open_next(region, generation)
         if c == TOO_LATE:
-            return slept
-        slept += wait(region, generation, spins)
+            return asleep
+        asleep += wait(region, generation, spin)
         region += LINE
 
     if outputs == 0:
-        return slept
+        return asleep
     ends = table[shape.layers]
     n, size = chunks_of(shape.vocabulary, Cp, outputs, threads)
     while True:
@@ -269,5 +270,5 @@ def step(shape, table, floats, slots, work, T, past, outputs, generation, thread
         if finish(region, n):
             open_next(region, generation)
     if c != TOO_LATE:
-        slept += wait(region, generation, spins)
-    return slept
+        asleep += wait(region, generation, spin)
+    return asleep
