@@ -8,17 +8,19 @@ BIN := $(VENV)/bin
 # `train`, and `dev`, which holds all of both.
 TRAIN := $(VENV)/.installed-align
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 # Which checkout the environment was made for: one that was copied or moved still runs the code of the old place.
 PLACE := $(VENV)/.checkout
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint clean moved
+.PHONY: help demo test lint docs clean moved
 
 help:
 	@echo "make demo   train, teach, evaluate and report on a tiny Doge on this machine, into runs/demo"
 	@echo "make test   check the code with ruff and run the tests"
 	@echo "make lint   ruff check, ruff format --check, mypy"
+	@echo "make docs   build the documentation into site/"
 	@echo "make clean  remove caches and build products (keeps .venv and runs/)"
 	@echo
 	@echo "The first run installs what it needs into .venv. Another Python: make demo PYTHON=python3.12"
@@ -35,8 +37,12 @@ lint: $(DEV)
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
 
+# The variable silences a notice of the theme's; the build asks nothing of any network.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.*' -not -path './runs/*' -prune -exec rm -rf {} +
 
 # $(call install,EXTRA): the environment if there is none that works, then the package with an extra. The old stamps go
@@ -68,8 +74,12 @@ $(DEV): pyproject.toml constraints.txt
 	$(call install,dev)
 	@touch $(TRAIN) $@
 
+$(DOCS): pyproject.toml constraints.txt
+	$(call install,docs)
+	@touch $(TRAIN) $@
+
 ifneq ($(wildcard $(PLACE)),)
 ifneq ($(shell cat $(PLACE)),$(CURDIR))
-$(TRAIN) $(DEV): moved
+$(TRAIN) $(DEV) $(DOCS): moved
 endif
 endif
