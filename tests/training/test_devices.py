@@ -194,7 +194,7 @@ def test_fsdp_gives_the_curve_of_one_process_resumed_and_with_muon(fsdp, one, ot
     assert weights < 1e-5
 
 
-def test_a_sharded_checkpoint_is_sealed_and_read_by_any_number(fsdp, fields, capsys):
+def test_a_sharded_checkpoint_is_sealed_and_read_by_a_run_that_continues(fsdp, fields, capsys):
     folder, _ = fsdp
     checkpoint = folder / "fsdp" / f"checkpoint-{STEPS // 2}"
     record = json.loads((checkpoint / "checkpoint.json").read_text())
@@ -209,15 +209,20 @@ def test_a_sharded_checkpoint_is_sealed_and_read_by_any_number(fsdp, fields, cap
     )
     assert "fresh optimiser (its own is fsdp sharded, this run is whole)" in capsys.readouterr().out
     assert apart_weights(on, folder / "one" / checkpoint.name) < 1e-5
+    shard = folder / "fsdp-half" / f"checkpoint-{STEPS}" / shards[0]
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"is cut short: pytorch_model_fsdp_0/.* has 100 bytes"):
+        newest(folder / "fsdp-half")
+
+
+@pytest.mark.slow  # a process of its own, and 25 steps
+def test_a_sharded_checkpoint_is_resumed_by_one_process(fsdp, fields):
+    folder, _ = fsdp
     [said] = together(launched("fsdp2"), [fields(folder / "fsdp-on-one", half=str(folder / "fsdp"))], processes=1)
     assert said == "done"
     losses, weights = apart(folder / "one", folder / "fsdp-on-one")
     assert losses < 1e-5
     assert weights < 1e-5
-    shard = folder / "fsdp-half" / f"checkpoint-{STEPS}" / shards[0]
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"is cut short: pytorch_model_fsdp_0/.* has 100 bytes"):
-        newest(folder / "fsdp-half")
 
 
 def test_all_processes_complete_a_prompt_together(fsdp):

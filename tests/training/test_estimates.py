@@ -9,10 +9,10 @@ from small_doge.training.estimates import largest_micro_batch, training_bytes
 from small_doge.training.pretrain import pretrain
 
 MEASURED = [  # size, rows of 2,048, peak GiB of a compiled step with AdamW: torch.cuda.max_memory_allocated, one H200
-    ("20m", 64, 9.97),
-    ("60m", 64, 37.57),
-    ("160m", 32, 41.57),
-    ("320m", 16, 40.24),
+    ("20m", 64, 9.38),
+    ("60m", 64, 33.53),
+    ("160m", 64, 74.54),
+    ("320m", 32, 69.4),
 ]
 
 

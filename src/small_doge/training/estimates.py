@@ -55,14 +55,14 @@ def training_bytes(
     and moments are dense. Logits are made a chunk at a time. For the backward pass a layer keeps of a token some 8 C
     of hidden states, 3 (H + 2G) D of q, k, v in their stages and 4 I of the SwiGLU. Compiled, it keeps the residual
     stream twice in float32, and in the dtype of products what these read: two normed inputs, q, k, v as projected, q
-    and k again with their score's columns, attention's output, gate and up, and their product. With experts, a layer
-    keeps for a token 32 bytes for each of its k and 20 for each of the K keys of an axis, and in bfloat16 copies of
-    what it routes and of both tables.
+    and k again as attention reads them, its output, gate and up, and their product. With experts, a layer keeps for a
+    token 32 bytes for each of its k and 20 for each of the K keys of an axis, and in bfloat16 copies of what it routes
+    and of both tables.
     """
     H, G, _, D = config.heads
     C, intermediate, width = config.hidden_size, config.intermediate_size, 2 if bf16 else 4
     if compiled:
-        heads = (H + 2 * G) * D + 9 * (H + G) * D // 8 + H * D
+        heads = (H + 2 * G) * D + (H + G) * D + H * D
         layer = 8 * C + width * (2 * C + heads + 3 * intermediate)
     else:
         layer = width * (8 * C + 3 * (H + 2 * G) * D + 4 * intermediate)
