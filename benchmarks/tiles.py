@@ -1,7 +1,8 @@
 """Which tiles the Triton kernels of Dynamic Mask Attention should have: every choice timed, kernel by kernel.
 
-For each kernel and each shape, with lists of keys and without, the median of several launches at every choice of tiles
-(queries, keys, warps, pipeline stages). The winners belong into ``ops/dynamic_mask/sparse.py``. One GPU, bfloat16.
+For each kernel and shape the median of several launches at every choice of tiles (queries, keys, warps, pipeline
+stages): the kernels of `sparse` where w < T, else of `packed` on documents of some 1,000 tokens. The winners belong
+into ``ops/dynamic_mask/{sparse,packed}.py``. One GPU, bfloat16.
 
     python benchmarks/tiles.py                                  # all kernels at the shapes of dynamic_mask.py
     python benchmarks/tiles.py --shapes 1,8,32768,2048 --chunks 1024,2048
@@ -19,7 +20,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from common import RESULTS, Row, first_line, provenance, write_csv
@@ -27,7 +27,8 @@ from common import RESULTS, Row, first_line, provenance, write_csv
 from small_doge.ops.dynamic_mask import eviction_times
 from small_doge.ops.gpu import kernels
 
-sparse: Any = importlib.import_module("small_doge.ops.dynamic_mask.sparse")  # the package has a function of that name
+# The package has functions of these names.
+sparse, packed = (importlib.import_module(f"small_doge.ops.dynamic_mask.{name}") for name in ("sparse", "packed"))
 
 D = 128
 CHOICES = {
@@ -63,31 +64,47 @@ def milliseconds(launch: Callable[[], object], rounds: int) -> float:
 def launcher(kernel: str, B: int, H: int, T: int, window: int) -> Callable[[], object]:
     """A function that launches one kernel on random inputs, with the tiles and the chunk that are set now."""
     torch.manual_seed(0)
-    q, k, v, do = (torch.randn(B, H, T, D, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    q, k, v, do = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
     s = torch.rand(B, H, T, device="cuda") * 3
-    e = eviction_times(s, window) if window < T else None
-    out, lse, *lists = sparse._forward(q, k, v, s, e, window)
-    keys, ends, scores, sizes, ranges = lists
-    dq, delta = torch.empty_like(q), (out.float() * do.float()).sum(-1)
-    dtype = torch.float32 if e is not None else k.dtype
-    dk, dv, ds = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype), torch.zeros_like(s)
-    arguments, grid = sparse._launch(kernel, q, k, e, keys)
-    strides = sparse._strides
+    dq = torch.empty_like(q)
+    if window < T:
+        out, lse, *lists = sparse._forward(q, k, v, s, eviction_times(s, window), window)
+        keys, ends, scores, sizes, ranges = lists
+        dk, dv, ds = (torch.zeros(x.shape, dtype=torch.float32, device="cuda") for x in (k, v, s))
+        delta = (out.float() * do.float()).sum(-1)
+        arguments, grid = sparse._launch(kernel, q, k, keys)
+        strides = sparse._strides
+        tensors = {
+            "forward": (q, k, v, keys, ends, scores, ranges, out, lse, *strides(q, k, v, out)),
+            "backward_queries": (
+                *(q, k, v, keys, ends, scores, ranges, out, lse, do, delta, dq),
+                *strides(q, k, v, out, do),
+            ),
+            "backward_keys": (q, k, v, keys, ends, scores, sizes, lse, do, delta, dk, dv, ds, *strides(q, k, v, do)),
+        }[kernel]
+        function = getattr(kernels("dynamic_mask.triton_attention"), kernel)
+        return lambda: function[grid](*tensors, **arguments)
+    documents = (torch.rand(B, T, device="cuda") < 1e-3).cumsum(-1)
+    starts, ends = (torch.searchsorted(documents, documents, out_int32=True, right=x) for x in (False, True))
+    out, lse = packed._forward(q, k, v, s, starts, ends)
+    delta = (out.float() * do.float()).sum(-1)
+    dk, dv, ds = torch.empty_like(k), torch.empty_like(v), torch.empty_like(s)
+    arguments, grid = packed._launch(kernel, q, k)
+    M, N = arguments["BLOCK_M"], arguments["BLOCK_N"]
+    q_, k_, v_, do_ = (packed._descriptor(x, rows) for x, rows in ((q, M), (k, N), (v, N), (do, M)))
     tensors = {
-        "forward": (q, k, v, s, keys, ends, scores, ranges, out, lse, *strides(q, k, v, out)),
-        "backward_queries": (
-            *(q, k, v, s, keys, ends, scores, ranges, out, lse, do, delta, dq),
-            *strides(q, k, v, out, do),
-        ),
-        "backward_keys": (q, k, v, s, keys, ends, scores, sizes, lse, do, delta, dk, dv, ds, *strides(q, k, v, do)),
+        "forward": (q_, k_, v_, s, starts, out, lse),
+        "backward_queries": (q_, k_, v_, s, starts, out, lse, do_, delta, dq),
+        "backward_keys": (q_, k_, v_, s, ends, lse, do_, delta, dk, dv, ds),
     }[kernel]
-    function = getattr(kernels("dynamic_mask.triton_attention"), kernel)
+    function = getattr(kernels("dynamic_mask.triton_packed"), kernel)
     return lambda: function[grid](*tensors, **arguments)
 
 
 def use(chunk: int, kernel: str, tiles: tuple[int, int, int, int]) -> None:
     """From here on launch with these tiles, whatever the GPU."""
     sparse.CHUNK = chunk
+    packed.HOPPER[kernel] = tiles
     for table in (sparse.HOPPER, sparse.OTHERS):
         table[kernel] = tiles
         for other in {"forward", "backward_queries"} - {kernel}:  # those two share their queries
@@ -121,7 +138,7 @@ def main() -> None:
         for tiles in CHOICES[kernel]
     ]
     if args.compilers:
-        # Lists or none, and the chunk, are in the kernels; the rest of a shape is not.
+        # Which kernels, and the chunk, are compiled; the rest of a shape is not.
         different = {(shape[3] < shape[2], *choice): (shape, *choice) for shape, *choice in choices}
         with ProcessPoolExecutor(args.compilers, multiprocessing.get_context("spawn")) as pool:
             list(pool.map(compile_one, *zip(*different.values(), strict=True)))
