@@ -46,7 +46,7 @@ def shown(monkeypatch):
     pictures = []
 
     class Image:
-        def __init__(self, data):
+        def __init__(self, data, alt):
             pictures.append(data)
 
     package, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
@@ -108,6 +108,7 @@ def test_outputs_of_a_whole_run_are_there(language):
     outputs = [output for cell in code for output in cell["outputs"]]
     pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 5
+    assert all(o["metadata"]["image/png"]["alt"] for o in outputs if "image/png" in o.get("data", {}))
     assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
     words = "".join("".join(o.get("text", []) or o["data"].get("text/plain", [])) for o in outputs)
     assert not re.search(r"/home/|/Users/|/tmp/|/work/|/usr/|[A-Z]:\\\\|\r|\x1b|it/s\]", words)
