@@ -26,7 +26,7 @@ NUMBER = re.compile(r"(?<![\d.])\d+(?:,\d{3})*(?:\.\d+)*(?:e-?\d+)?")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # In a message that the guide quotes: what the code puts in, and where it puts a message into another.
 FILLED_IN = re.compile(r"…|\b(?:2,048|6|nan|learning_rate|this run)\b|(?<= has) |(?<=stopped: )")
-COMMANDS = ("doge ", "pip ", "python ", "make ", "accelerate ", "docker ", "mkdir ", ".venv")
+COMMANDS = ("doge ", "pip ", "python ", "make ", "accelerate ", "docker ", "mkdir ", ".venv", "source ")
 
 
 @dataclass
