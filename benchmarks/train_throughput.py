@@ -70,10 +70,10 @@ class Plain(PretrainTrainer):
 
 
 class Clock(TrainerCallback):
-    """CUDA events at the end of every step, and a profile of the last one if asked for."""
+    """When each step ended (on a GPU by its events), and a profile of the last one if asked for."""
 
-    def __init__(self, profile: bool):
-        self.events: list[Any] = []
+    def __init__(self, profile: bool = False):
+        self.ends: list[Any] = []
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if profile else None
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -81,17 +81,23 @@ class Clock(TrainerCallback):
             self.profiler.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.events.append(torch.cuda.Event(enable_timing=True))
-        self.events[-1].record()
+        if torch.cuda.is_available():
+            self.ends.append(torch.cuda.Event(enable_timing=True))
+            self.ends[-1].record()
+        else:
+            self.ends.append(time.perf_counter())
         if self.profiler and state.global_step == state.max_steps:
             torch.cuda.synchronize()
             self.profiler.stop()
             print(self.profiler.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=70))
 
     def seconds(self, skip: int) -> list[float]:
+        """Of each step after the first ``skip``."""
+        counted = itertools.pairwise(self.ends[skip - 1 :])
+        if not torch.cuda.is_available():
+            return [b - a for a, b in counted]
         torch.cuda.synchronize()
-        counted = self.events[skip - 1 :]
-        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(counted)]
+        return [a.elapsed_time(b) / 1e3 for a, b in counted]
 
 
 def measure(size: str, kind: str, args: argparse.Namespace, data: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from .. import artifacts
 from ..recipe import described
-from .arguments import WATCHING
+from .arguments import WATCHING, copy_without_waiting
 
 # ruff: noqa: RUF009 - described makes dataclass fields
 
@@ -95,6 +95,7 @@ class AlignArguments:
         with warnings.catch_warnings():  # its parents give the field another name, and warn of any value under this one
             warnings.filterwarnings("ignore", r".gradient_checkpointing. is deprecated", FutureWarning)
             super().__post_init__()  # type: ignore[misc]  # of the TRL config that comes after
+        copy_without_waiting(self)
 
 
 def settings_of(args: Any) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class AlignTrainer:
         self.last_log = (0, 0.0)  # step and time; LossSinceLastLog sets them when training begins
         self.tokens_at_last_log = 0
         self._sums: torch.Tensor | None = None
+        self._uncounted: torch.Tensor | None = None
 
     def training_loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
         """The loss of a micro-batch; what the balance loss was is for ``self.balance_loss``."""
@@ -82,6 +83,19 @@ class AlignTrainer:
         self.balance_loss.add(aux_loss, labels)
         return loss + share * self.model.config.router_aux_loss_coef * aux_loss
 
+    def count_tokens(self, attention_mask: torch.Tensor) -> None:
+        """Count a micro-batch's tokens, mask (B, T), on its device: reading them at once would wait for it."""
+        tokens = attention_mask.sum()
+        self._uncounted = tokens if self._uncounted is None else self._uncounted + tokens
+
+    def counted_tokens(self) -> int:
+        """Tokens trained on so far in all processes, which call this together."""
+        if self._uncounted is not None:
+            self._total_train_tokens += int(self.accelerator.gather(self._uncounted).sum())
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self._uncounted = None
+        return self._total_train_tokens
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -96,6 +110,7 @@ class AlignTrainer:
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._sums = None
+        self.counted_tokens()  # TRL logs them with held-out figures too
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         assert self._sums is not None
         figures = self.held_out_figures(self._sums.tolist())
@@ -105,7 +120,7 @@ class AlignTrainer:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, padding not counted, and the balance loss to TRL's entries."""
         if "loss" in logs:
-            tokens = self._total_train_tokens - self.tokens_at_last_log
+            tokens = self.counted_tokens() - self.tokens_at_last_log
             logs["tokens_per_second"] = tokens / max(time.time() - self.last_log[1], 1e-9)
             balance_loss = self.balance_loss.take(self.accelerator.gather)
             if balance_loss is not None:
@@ -118,6 +133,7 @@ class AlignTrainer:
         return decayed_parameters(model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.counted_tokens()  # here, where every process comes along: AlignState is asked in the first alone
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -125,9 +125,7 @@ class PretrainArguments(TrainingArguments):
         if self.max_steps < 1 and self.max_minutes is None and self.num_train_epochs <= 0:
             raise ValueError("none of `max_steps`, `max_minutes` and `num_train_epochs` says how long to train")
         super().__post_init__()
-        # Otherwise every batch waits on the host until the GPU has done all it was asked to.
-        config: Any = self.accelerator_config
-        config.non_blocking = self.dataloader_pin_memory and self.device.type == "cuda"
+        copy_without_waiting(self)
 
     def accumulate(self, row_length: int) -> None:
         """Set gradient accumulation from ``tokens_per_step``.
@@ -157,3 +155,8 @@ class PretrainArguments(TrainingArguments):
     def rows_per_step(self) -> int:
         """Rows that an optimiser step sees over all devices."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+def copy_without_waiting(args: Any) -> None:
+    """Otherwise every batch waits on the host until the GPU has done all it was asked to."""
+    args.accelerator_config.non_blocking = args.dataloader_pin_memory and args.device.type == "cuda"

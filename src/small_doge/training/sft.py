@@ -44,14 +44,17 @@ def sft(args: SFTArguments) -> Path:
 
 
 class PackedCollator:
-    """Rows of packed conversations as tensors (B, T), T being the longest: positions restart with a conversation."""
+    """Rows of packed conversations as tensors (B, T): positions restart with a conversation.
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    T is ``length``, or the longest row's where that is None.
+    """
+
+    def __init__(self, pad_token_id: int, length: int | None = None):
+        self.pad_token_id, self.length = pad_token_id, length
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of ``input_ids``, ``labels`` and ``seq_lengths``, the lengths of the conversations in them."""
-        B, T = len(rows), max(len(row["input_ids"]) for row in rows)
+        B, T = len(rows), self.length or max(len(row["input_ids"]) for row in rows)
         batch = {
             "input_ids": torch.full((B, T), self.pad_token_id),
             "labels": torch.full((B, T), IGNORED),
@@ -78,7 +81,9 @@ class DogeSFTTrainer(AlignTrainer, SFTTrainer):
         packing = args.packing
         args.packing = False  # for TRL: it is done, and its own would flatten the batches
         args.dataset_kwargs = {"skip_prepare_dataset": True}
-        collator = PackedCollator(options["processing_class"].pad_token_id)
+        # Packed rows are nearly full, and what is compiled for one length is compiled once.
+        length = args.max_length if packing and args.torch_compile else None
+        collator = PackedCollator(options["processing_class"].pad_token_id, length)
         super().__init__(model, args, data_collator=collator, **options)
         args.packing = packing
 
@@ -87,10 +92,10 @@ class DogeSFTTrainer(AlignTrainer, SFTTrainer):
 
         TRL's scores every position on a CPU and holds all their logits: a step of doge-tiny takes half as long again.
         """
-        tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
-        self._total_train_tokens += tokens
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self.count_tokens(inputs["attention_mask"])
         inputs = {**inputs, "skip_logits": True, "use_cache": False}
+        if not self.model.config.is_moe:  # a balance loss passes padding over; else it is one more document, unlabelled
+            del inputs["attention_mask"]  # and documents alone take the fastest attention
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items)
         if outputs.get("aux_loss") is not None:
             self.balance_loss.add(outputs["aux_loss"], inputs["labels"], num_items)
