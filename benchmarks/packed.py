@@ -96,7 +96,8 @@ def draw(rows: list[Row], path: Path) -> None:
     figure, panels = plt.subplots(1, len(shapes), figsize=(4.2 * len(shapes), 3.4), layout="constrained", squeeze=False)
     for axes, shape in zip(panels[0], shapes, strict=True):
         mine = [row for row in rows if tuple(str(row[x]) for x in "BHGT") == shape]
-        names = list(dict.fromkeys(str(row["mean_length"]) or "one" for row in mine))
+        means = dict.fromkeys(row["mean_length"] for row in mine)
+        names = [f"{float(mean):,.0f}" if mean else "one a row" for mean in means]
         for name, color in COLORS.items():
             heights = [number(row, "ms") for row in mine if row["contender"] == name]
             axes.plot(names, heights, "o-", color=color, label=name)
@@ -105,7 +106,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("ms, forward and backward")
-    panels[0][0].legend(frameon=False, fontsize=8)
+    panels[0][0].legend(frameon=False, fontsize=8, loc="lower left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -34,10 +34,10 @@ from small_doge.training.sft import DogeSFTTrainer, SFTArguments
 PRETRAINING, SFT = "pretraining", "SFT"
 
 
-def conversations(documents: RandomDocuments, rows: int) -> Dataset:
-    """The first rows of the documents as `doge sft` packs conversations."""
+def conversations(documents: RandomDocuments) -> Dataset:
+    """The rows of the documents as `doge sft` packs conversations."""
     found = []
-    for i in range(rows):
+    for i in range(len(documents)):
         row = documents[i]
         starts = [*(row["position_ids"] == 0).nonzero().flatten().tolist(), documents.row_length]
         lengths = [b - a for a, b in itertools.pairwise(starts)]
@@ -76,7 +76,7 @@ def trainer_for(stage: str, args: argparse.Namespace, size: str, compiled: str, 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")  # noqa: S106
     arguments = SFTArguments(model="-", data="-", max_length=args.row_length, eval_strategy="no", **same)
-    dataset = conversations(documents, min(len(documents), args.rows * args.micro_batches))  # seen again every step
+    dataset = conversations(documents)  # one epoch: at its end workers begin anew
     return DogeSFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[clock])
 
 

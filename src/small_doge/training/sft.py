@@ -64,11 +64,12 @@ class PackedCollator:
         }
         for b, row in enumerate(rows):
             n = len(row["input_ids"])
-            lengths = [*row["seq_lengths"], T - n]
             batch["input_ids"][b, :n] = torch.tensor(row["input_ids"])
             batch["labels"][b, :n] = torch.tensor(row["labels"])
             batch["attention_mask"][b, :n] = 1
-            batch["position_ids"][b] = torch.cat([torch.arange(length) for length in lengths])
+            lengths = torch.tensor([*row["seq_lengths"], T - n])
+            begins = lengths.cumsum(0) - lengths
+            batch["position_ids"][b] = torch.arange(T) - begins.repeat_interleave(lengths)
         # the first token of a conversation is nobody's continuation, least of all the one before's
         batch["labels"][batch["position_ids"] == 0] = IGNORED
         return batch
@@ -84,6 +85,9 @@ class DogeSFTTrainer(AlignTrainer, SFTTrainer):
         # Packed rows are nearly full, and what is compiled for one length is compiled once.
         length = args.max_length if packing and args.torch_compile else None
         collator = PackedCollator(options["processing_class"].pad_token_id, length)
+        for side in ("train_dataset", "eval_dataset"):
+            if options.get(side) is not None:  # arrays instead of lists of numbers: a tenth of the time to make a batch
+                options[side] = options[side].with_format("numpy")
         super().__init__(model, args, data_collator=collator, **options)
         args.packing = packing
 
