@@ -59,9 +59,11 @@ fi
 			"Name another one: make PYTHON=/path/to/python3" >&2; \
 		exit 1; \
 	}; \
+	echo "Making $(VENV) with Python $$found"; \
 	"$(PYTHON)" -m venv --clear $(VENV); \
 fi
-@echo "Installing Small Doge with [$(1)] into $(VENV): some minutes the first time, seconds later"
+@echo "Installing Small Doge with [$(1)] into $(VENV): some minutes the first time, seconds later;" \
+	"pip downloads, and says nothing until it is done"
 @$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$(1)]"
 @echo "$(CURDIR)" > $(PLACE)
 endef

@@ -225,3 +225,26 @@ def test_the_demo_is_the_recipes_of_doge_tiny():
         if path.parent.name == "doge-tiny":
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             assert json.dumps(content)
+
+
+BARS = """
+import sys, time
+sys.argv = ["doge"]
+from small_doge import cli
+cli.main(["info", "no-such-model"])
+from datasets import Dataset
+from tqdm import tqdm
+from transformers.utils.logging import tqdm as theirs
+Dataset.from_list([{"a": 1}] * 9).map(lambda row: row)
+list(tqdm(range(9)))
+list(theirs(range(9)))
+for _ in tqdm(range(40), disable=False):  # as TRL asks for the one over the reference's log-probabilities
+    time.sleep(0.01)
+"""
+
+
+def test_a_log_has_no_progress_bars():
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
+    done = subprocess.run([sys.executable, "-c", BARS], env=variables, capture_output=True, text=True, check=True)
+    assert "9/9" not in done.stderr
+    assert done.stderr.count("/40 [") == 2  # where it begins and where it ends

@@ -41,7 +41,7 @@ def check(words, monkeypatch):
     """Let the program read a command up to where it would begin, fields and their types included."""
     seen = {}
     monkeypatch.setattr(cli, "_run", lambda known, rest: seen.update(known=known, rest=rest) or 0)
-    assert cli.main(words) == 0
+    assert cli.main(words) == 0, words
     stage = seen["known"].stage
     fields = cli._overrides(seen["rest"], *cli._STAGES[stage][4])
     on_cpu = {"use_cpu": True} if stage == "pretrain" else {}  # or bf16 is refused on a machine without a GPU

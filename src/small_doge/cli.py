@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import errno
 import importlib
+import os
 import sys
 import traceback
 from typing import Any
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         stage.add_argument("--config", metavar="RECIPE.yaml")
         stage.add_argument("--verbose", action="store_true")
     known, rest = parser.parse_known_args(argv)
+    _still_bars()
     try:
         return _run(known, rest)
     except KeyboardInterrupt:
@@ -95,6 +97,17 @@ def main(argv: list[str] | None = None) -> int:
         if message:
             print(f"doge {known.stage}: {message}", file=sys.stderr)
         return 1
+
+
+def _still_bars() -> None:
+    """No progress bars where standard error is no terminal: each of their moves is a line of a log, which they bury.
+
+    tqdm, which draws all of them, looks at these variables when it is imported: by a stage, so after this. A bar that
+    asks to be drawn whatever they say, as TRL's over the reference's log-probabilities does, moves once a minute.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
 
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:

@@ -147,6 +147,19 @@ def test_ties_go_to_the_newer_key(local_window):
     assert difference(np.stack([session.feed([i]) for i in ids]), want) < 1e-4
 
 
+def test_compiling_is_announced_before_anything_else(model, tmp_path, monkeypatch, capsys):
+    model.save_pretrained(tmp_path)
+    Engine.open(tmp_path).warm()
+    capsys.readouterr()
+    Engine.open(tmp_path)
+    assert not capsys.readouterr().err
+    # A function of its own has the same signature, and nothing on disk.
+    monkeypatch.setattr(crew.lead, "_cache", None)
+    monkeypatch.setattr(crew.lead, "overloads", type(crew.lead.overloads)())
+    Engine.open(tmp_path)
+    assert capsys.readouterr().err == "compiling the engine for this processor, once: about half a minute\n"
+
+
 def test_memory_does_not_grow(engine):
     session = engine.session()
     before = session.nbytes

@@ -10,6 +10,7 @@ from transformers import DogeForCausalLM as TheirDoge
 
 from small_doge.errors import UserError
 from small_doge.models import SIZES, DogeConfig, DogeForCausalLM, DogeForSequenceClassification, config_for, load_model
+from small_doge.training.pretrain import RUN_FILE
 
 OLD_NAMES = {
     "embed_tokens.weight": "word_embed.weight",
@@ -186,6 +187,20 @@ def test_sequence_classification_learns_from_the_last_real_token(make_model, tmp
     assert model.score.weight.grad.abs().sum() > 0
     model.save_pretrained(tmp_path)
     assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path)) is DogeForSequenceClassification
+
+
+@pytest.mark.parametrize(("run", "stage"), [({"stage": "sft"}, "sft"), ({"max_steps": 9}, "pretrain")])
+def test_a_run_that_is_not_finished_is_told_from_a_folder_without_a_model(make_model, tmp_path, run, stage):
+    (tmp_path / RUN_FILE).write_text(json.dumps(run))
+    with pytest.raises(UserError, match=rf"is a `doge {stage}` run that is not finished; run the same command again to "
+                                        r"finish it$"):  # fmt: skip
+        load_model(tmp_path)
+    for step in (5, 10):
+        make_model().save_pretrained(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-20").mkdir()  # the run was killed while it wrote this
+    with pytest.raises(UserError, match=r"or give its newest checkpoint, .*checkpoint-10, as the model"):
+        load_model(tmp_path)
+    load_model(tmp_path / "checkpoint-10")
 
 
 def test_folders_that_cannot_be_opened_are_named(make_model, tmp_path):

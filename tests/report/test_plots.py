@@ -124,3 +124,12 @@ def test_what_was_watched_has_a_panel_each_and_a_curve_for_every_layer():
     assert drawn == {"gradient norm": 1, "mean |A|": 3, "spread of the scores": 3, "distance seen, tokens": 3}
     assert list(figure.axes[1].lines[2].get_ydata()) == pytest.approx([0, 0.3, 0.6, 0.9])
     assert plots.watching_figure([{"step": 1, "loss": 3.0}]) is None
+    assert [words.get_text() for words in figure.legends[0].get_texts()] == ["first layer", "last layer"]
+    figure.draw_without_rendering()
+    assert not any(axes.bbox.overlaps(figure.legends[0].get_window_extent()) for axes in figure.axes)
+
+
+def test_attention_to_the_default_sentence_is_as_wide_as_the_other_pictures():
+    T = 24
+    figure = plots.attention_figure(np.tril(np.full((T, T), 0.1)), np.ones(T), ["twelve_chars"] * T, "a head")
+    assert figure.get_figwidth() == plots.WIDTH

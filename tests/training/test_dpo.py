@@ -149,6 +149,17 @@ def test_the_reference_reads_no_more_than_training(arguments):
     assert json.loads((folder / "stage.json").read_text())["pairs"] == 16  # two steps of two micro-batches of 4
 
 
+def test_pairs_that_are_read_in_order_are_the_first_ones(arguments):
+    """The demo's two siblings stand one after the other, and are learned from in one step."""
+    tokenizer = load_tokenizer(arguments().model)
+    every, *_ = encode(arguments(max_steps=-1), tokenizer)
+    some, *_ = encode(arguments(max_steps=2, train_sampling_strategy="sequential"), tokenizer)
+    mixed, *_ = encode(arguments(max_steps=2), tokenizer)
+    first = every.select(range(len(some)))["prompt_ids"]
+    assert len(some) == len(mixed) < len(every)
+    assert list(some["prompt_ids"]) == list(first) != list(mixed["prompt_ids"])
+
+
 def test_a_folder_of_another_stage_is_refused(arguments, taught):
     with pytest.raises(UserError, match="holds a sft run"):
         dpo(arguments(output_dir=str(taught / "moe")))

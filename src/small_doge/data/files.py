@@ -95,6 +95,7 @@ class FileStream:
         self.file, self.item, self.raw = len(self.files.paths), 0, None
 
     def position(self) -> list[int]:
+        """Files that lie behind, and rows of the next one that do."""
         return [self.file, self.item]
 
     def fraction(self) -> float:

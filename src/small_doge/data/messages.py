@@ -134,6 +134,7 @@ class Reader:
     code: str
 
     def features(self) -> Any:
+        """The ``datasets.Features`` of our rows: lists of messages, where the row comes from, and notes."""
         from datasets import Features, List, Value
 
         message = {"role": Value("string"), "content": Value("string")}

@@ -53,6 +53,7 @@ class Source:
         return self.batch, self.index - 1
 
     def position(self) -> list[Any]:
+        """The place of the batch in its stream, and documents of it that were drawn."""
         inner, index = self.start
         return [inner, index + self.index]
 
@@ -113,6 +114,7 @@ class Mix:
             yield k, *found
 
     def positions(self) -> list[Any]:
+        """The place of each part, to begin there again."""
         return [source.position() for source in self.sources]
 
     def fraction(self) -> float | None:

@@ -170,6 +170,7 @@ class Part:
         return [(path.with_name(f"{path.name}.partial"), path) for path in names]
 
     def close(self) -> None:
+        """Close the files as they are, ended or not."""
         for shard in self.shards.values():
             shard.close()
 

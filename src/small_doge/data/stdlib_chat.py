@@ -53,6 +53,7 @@ class Definition:
 
     @property
     def question(self) -> str:
+        """One of ``PHRASINGS``, the same one for a name every time."""
         return PHRASINGS[_number(self.name) % len(PHRASINGS)].format(self.name)
 
 

@@ -26,9 +26,11 @@ class Plain:
             yield document
 
     def position(self) -> int:
+        """Documents that lie behind."""
         return self.count
 
     def fraction(self) -> None:
+        """Unknown: how many come is not said."""
         return None
 
 
@@ -47,9 +49,11 @@ class Counted:
             raise UserError(f"corpus `{self.name}` is empty, expected at least one document")
 
     def position(self) -> list[Any]:
+        """The place of the stream within, and documents that lie behind."""
         return [self.stream.position(), self.count]
 
     def fraction(self) -> float | None:
+        """The share of the limit that lies behind; without one, what the stream within says."""
         return self.count / self.limit if self.limit else self.stream.fraction()
 
 
@@ -88,9 +92,11 @@ class DatasetStream:
             ) from error
 
     def position(self) -> list[Any]:
+        """The state of `datasets`, and rows that lie behind."""
         return [self.state if self.rows is None else self.rows.state_dict(), self.number]
 
     def fraction(self) -> None:
+        """Unknown: a streamed dataset does not say how long it is."""
         return None
 
 
@@ -143,7 +149,9 @@ class Fetched:
         return replace(document, text=text or "", unfit="blob missing" if text is None else None)
 
     def position(self) -> Any:
+        """The place of the stream within, right behind the last document that was given, not the last one fetched."""
         return self.place
 
     def fraction(self) -> float | None:
+        """What the stream within says, which is some documents ahead."""
         return self.stream.fraction()

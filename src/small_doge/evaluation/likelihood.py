@@ -101,6 +101,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The EOS token."""
         return self.tokenizer.eos_token_id
 
     @property
@@ -115,6 +116,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
+        """The name of the tokenizer or its folder, with ``__`` for each slash."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -134,6 +136,7 @@ class HarnessModel(TemplateLM):
         return self._encode([string], add_special_tokens, self._prefix_text)[0].tolist()
 
     def tok_decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
         return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
 
     # What the harness asks of the model

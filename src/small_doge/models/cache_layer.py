@@ -113,6 +113,11 @@ class DynamicMaskLayer(CacheLayerMixin):
         """Nothing to do: slots are made as keys come."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Not how keys come in here: they need scores.
+
+        Raises:
+            ValueError: always; only a model that is not Doge calls this.
+        """
         raise ValueError(
             "DynamicMaskCache needs the score of each key and serves small_doge's Doge models only; "
             "expected DynamicCache for another model"
@@ -273,7 +278,7 @@ class DynamicMaskLayer(CacheLayerMixin):
             self._hold(self.slots.map(function))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row b becomes what row ``beam_idx[b]`` was."""
+        """Row b becomes what row ``beam_idx[b]`` was, for indices (B,)."""
         self._change_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -281,7 +286,7 @@ class DynamicMaskLayer(CacheLayerMixin):
         self._change_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices``."""
+        """Keep the rows ``indices``: (B',) → B' rows."""
         self._change_rows(lambda x: x[indices.to(x.device)])
 
     def get_seq_length(self) -> int:

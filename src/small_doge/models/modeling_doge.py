@@ -38,6 +38,7 @@ class DogeRMSNorm(nn.RMSNorm):
     """x / √(mean(x²) + ε) · weight over the last dimension (arXiv:1910.07467), computed in at least float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, C), in the wider dtype of x and the weight."""
         if x.dtype == self.weight.dtype:  # PyTorch's own computes 16 bits in float32
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         compute = torch.promote_types(x.dtype, torch.float32)

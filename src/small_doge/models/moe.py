@@ -34,6 +34,7 @@ class DogeMLP(nn.Module):
         self.silu = config.hidden_act in ("silu", "swish")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, C)."""
         gate_up = project_together(x, self.gate_proj, self.up_proj) if self.silu else None
         if gate_up is not None:
             return self.down_proj(swiglu(gate_up))

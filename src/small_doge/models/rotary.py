@@ -18,7 +18,11 @@ def grows_with_length(config: DogeConfig) -> bool:
 
 
 def text_length(config: DogeConfig, position_ids: torch.Tensor) -> int | None:
-    """How long the text is whose angles to use: the largest position + 1; None where angles do not depend on it."""
+    """How long the text is whose angles to use: the largest position + 1; None where angles do not depend on it.
+
+    Args:
+        position_ids: (B, T) integers.
+    """
     return int(position_ids.max()) + 1 if grows_with_length(config) else None
 
 

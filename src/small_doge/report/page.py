@@ -58,7 +58,7 @@ figure { margin: 1rem 0; } figcaption { max-width: 46rem; color: var(--soft); fo
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 4px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: .8rem; }
 .pair > * { min-width: 0; }
-.wide { overflow-x: auto; } .wide img { min-width: 34rem; }
+.wide { overflow-x: auto; }
 pre { background: var(--box); border-radius: 6px; padding: .7rem .8rem; margin: .3rem 0; overflow-x: auto;
   white-space: pre-wrap; overflow-wrap: anywhere; font: .86rem/1.45 ui-monospace, Consolas, Menlo, monospace; }
 pre b { color: var(--soft); font-weight: 600; } summary { cursor: pointer; }
@@ -210,9 +210,7 @@ def render(run: Run, figures: dict[str, Figure], attention_note: str) -> str:
         words = alt.get(name, "Attention probabilities and scores of the keys, " + name.replace("_", " "))
         return f'<img alt="{text(words)}" src="data:image/{kind};base64,{data}">'
 
-    attention = [
-        f'<div class="wide">{picture(name, svg=False)}</div>' for name in figures if name.startswith("attention")
-    ]
+    attention = [picture(name, svg=False) for name in figures if name.startswith("attention")]
     if run.results:
         comparison = f"<figure>{picture('comparison')}<figcaption>{text(_comparison_words(run))}</figcaption></figure>"
     else:

@@ -158,8 +158,8 @@ def watching_figure(history: Sequence[dict[str, Any]]) -> Figure | None:
             one.set_ylabel(words)
             one.set_ylim(bottom=0)
         labelled = [one for one in places if one.get_legend_handles_labels()[0]]
-        if labelled:
-            labelled[0].legend()
+        if labelled:  # above the panels, for in each of them curves may be anywhere
+            figure.legend(*labelled[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
         for one in places[max(0, len(panels) - columns) : len(panels)]:
             one.set_xlabel("Step")
             one.xaxis.set_tick_params(labelbottom=True)
@@ -273,8 +273,8 @@ def attention_figure(attention: np.ndarray, scores: np.ndarray, tokens: Sequence
     """
     count = len(tokens)
     with _style():
-        side = min(9.0, max(3.5, 0.19 * count))
-        figure, (strip, grid) = _figure(side + 1.7, side + 2.1, rows=2, height_ratios=[1, max(10, count)], sharex=True)
+        width = max(WIDTH, 0.17 * count + 1.3)  # for labels of 10 points one below another, beside the widest label
+        figure, (strip, grid) = _figure(width, width + 0.6, rows=2, height_ratios=[1, max(10, count)], sharex=True)
         shown = strip.imshow(np.asarray(scores)[None, :], cmap="cividis", aspect="auto", interpolation="nearest")
         strip.set_yticks([0], ["score s"])
         strip.set_title(title, loc="left", parse_math=False)
@@ -285,9 +285,8 @@ def attention_figure(attention: np.ndarray, scores: np.ndarray, tokens: Sequence
         # What a query cannot read, the future and what the window dropped, is white; a read of nearly 0 is not.
         readable = np.ma.masked_where(np.asarray(attention) == 0, attention)
         heat = grid.imshow(readable, cmap="YlGnBu", vmin=0, aspect="auto", interpolation="nearest")
-        size = 8.5 if count <= 40 else 7
         for axis, rotation in ((grid.xaxis, 90), (grid.yaxis, 0)):
-            axis.set_ticks(range(count), list(tokens), fontsize=size, rotation=rotation, family="DejaVu Sans Mono")
+            axis.set_ticks(range(count), list(tokens), rotation=rotation, family="DejaVu Sans Mono")
             for text in axis.get_ticklabels():
                 text.set_parse_math(False)
         grid.set(xlabel="key: the token that is read", ylabel="query: the token that reads")
@@ -296,7 +295,9 @@ def attention_figure(attention: np.ndarray, scores: np.ndarray, tokens: Sequence
             axes.spines[:].set_visible(False)
         grid.tick_params(length=0)
         strip.tick_params(labelbottom=False)
-        figure.colorbar(heat, ax=grid, shrink=0.6, pad=0.02, label="attention probability")
+        # In the corner that is white in every picture, where it takes no width from the cells.
+        bar = grid.inset_axes((0.5, 0.86, 0.46, 0.03))
+        figure.colorbar(heat, cax=bar, orientation="horizontal", label="attention probability")
         # The strip's own numbers are said in words: a second colour bar would be taller than the strip.
         strip.set_xlabel(f"scores from {low:.2f} (dark) to {high:.2f} (bright)", fontsize=9)
     return figure

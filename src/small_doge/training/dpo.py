@@ -105,7 +105,8 @@ def encode(args: DPOArguments, tokenizer: Any) -> tuple[Any, Any, dict[str, Any]
     held_out, _ = encode_preferences(held_out, tokenizer, max_length, args.dataset_num_proc)
     seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if 0 < seen < len(train):  # the reference reads every pair there is, so there should be none that training skips
-        train = train.shuffle(seed=args.seed).select(range(seen))
+        in_order = args.train_sampling_strategy == "sequential"
+        train = (train if in_order else train.shuffle(seed=args.seed)).select(range(seen))
     facts = {
         "pairs": len(train),
         "held_out_pairs": len(held_out),

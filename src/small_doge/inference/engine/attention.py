@@ -129,7 +129,11 @@ def parts_of(came, shape, threads):
 
 @compiled
 def take_heads(shape, floats, row, slots, work, layer, T, past):
-    """From queries, keys and values of a layer: normed, rotated; keys go to their slots, unless more come at once."""
+    """Norm and rotate queries, keys and values of a layer, ``work.qkv`` (T, (H + 2 G) · D).
+
+    Queries go to ``work.q`` (T, H · D), divided by √D; keys and values to their slots, unless several come that do not
+    all fit: those :func:`attend_chunk` takes in one at a time.
+    """
     H, G, M, D = shape.H, shape.G, shape.M, shape.D
     scale = np.float32(1.0 / math.sqrt(D))
     for t in range(T):
@@ -153,6 +157,7 @@ def take_heads(shape, floats, row, slots, work, layer, T, past):
 
 @compiled
 def insert_token(shape, floats, row, slots, work, layer, m, t, past):
+    """Take key and value of token t, in ``work.qkv`` (T, (H + 2 G) · D), into the slots of score head m."""
     H, G, D, line = shape.H, shape.G, shape.D, work.qkv[t]
     k = (H + m * G // shape.M) * D
     values = line[(H + G) * D : (H + 2 * G) * D]
@@ -161,7 +166,10 @@ def insert_token(shape, floats, row, slots, work, layer, m, t, past):
 
 @compiled
 def attend_chunk(shape, floats, row, slots, work, layer, T, past, threads, thread, chunk):
-    """A chunk of attention: of one query some of a head's keys; of more all keys for one of them, or all in turn."""
+    """A chunk of attention: of one query some of a head's keys; of more all keys for one of them, or all in turn.
+
+    What :func:`attend` finds goes to ``work.sums`` (M, T or parts, H / M, D_padded + 2).
+    """
     M, room = shape.M, shape.window + shape.local_window
     width, q = shape.H // M * shape.D, work.q.ctypes.data
     if T == 1:
@@ -189,6 +197,7 @@ def attend_chunk(shape, floats, row, slots, work, layer, T, past, threads, threa
 
 @compiled
 def combine_all(shape, work, T, parts):
+    """Σ p v of all heads: ``work.sums`` (M, T or parts, H / M, D_padded + 2) → ``work.out`` (T, H · D), and out16."""
     heads = shape.H // shape.M
     for h in range(shape.H):
         sums = work.sums[h // heads]

@@ -47,6 +47,8 @@ def load(typing_context, address):
 
 @intrinsic
 def store(typing_context, address, value):
+    """Write the int64 there; who loads it also sees what this thread wrote before."""
+
     def write(context, builder, signature, arguments):
         builder.store_atomic(arguments[1], _pointer(builder, arguments[0]), ordering="seq_cst", align=8)
         return context.get_dummy_value()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from .jit import is_compiled
 from .layout import (
     COLUMNS,
     DOWN,
@@ -35,7 +37,7 @@ from .layout import (
 from .pack import BFLOAT16, FLOAT32, PRECISIONS, Packed
 from .sampling import GREEDY, Sampling, choose
 from .step import REGIONS
-from .threads import Crew, available_cores
+from .threads import Crew, available_cores, lead
 from .weights import open_weights
 
 _COLDEST = 1e-3  # a temperature
@@ -84,11 +86,17 @@ class Engine:
     def open(cls, folder: str | os.PathLike, precision: str = "auto", threads: int | None = None) -> Engine:
         """The engine of a model folder, or of one that ``doge quantize`` wrote.
 
+        Where it has not been compiled for this processor yet, that is done now, and a line on stderr says so.
+
         Args:
             folder: as for :func:`small_doge.inference.engine.weights.open_weights`, which says what is refused.
             precision: float32, bf16, int8, int4, or auto: as the weights are stored.
         """
-        return cls(open_weights(folder, precision), threads)
+        engine = cls(open_weights(folder, precision), threads)
+        if not is_compiled(lead):
+            print("compiling the engine for this processor, once: about half a minute", file=sys.stderr, flush=True)
+            engine.warm()
+        return engine
 
     def session(self) -> Session:
         """A new, empty text."""
@@ -112,7 +120,7 @@ class Engine:
         self._crew.close()
 
     def check(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
-        """Token ids as int64.
+        """Token ids as (T,) int64.
 
         Raises:
             UserError: if one is outside of the vocabulary.

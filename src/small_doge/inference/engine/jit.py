@@ -32,3 +32,9 @@ def compiled(function: Callable[..., Any]) -> Any:
 def compiled_in_any_order(function: Callable[..., Any]) -> Any:
     """The same, with sums in any order, which lets them run in vectors. Infinities keep their meaning."""
     return _keep(njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})(function))
+
+
+def is_compiled(function: Any) -> bool:
+    """Whether a compiled function has machine code, in this process or kept on disk: else calling it takes long."""
+    kept = getattr(getattr(function, "_cache", None), "_cache_file", None)
+    return bool(function.signatures or (kept is not None and kept._load_index()))

@@ -33,12 +33,13 @@ def exp(x):
 
 @compiled
 def silu(x):
+    """x / (1 + e⁻ˣ) of a float32."""
     return x / (np.float32(1.0) + exp(-x))
 
 
 @_any_order
 def rms_norm(x, weight, eps, out):
-    """x / √(mean x² + ε) · weight."""
+    """out ← x / √(mean x² + ε) · weight (arXiv:1910.07467), float32; n is the length of ``weight`` (n,)."""
     total = np.float32(0.0)
     for i in range(len(weight)):
         total += x[i] * x[i]
@@ -49,6 +50,7 @@ def rms_norm(x, weight, eps, out):
 
 @_any_order
 def dot(a, b):
+    """Σ_i a_i · b_i of float32 (n,), added in any order; n is the length of a."""
     total = np.float32(0.0)
     for i in range(len(a)):
         total += a[i] * b[i]
@@ -57,7 +59,7 @@ def dot(a, b):
 
 @_any_order
 def softmax_sums(logits, bias, n):
-    """logits + bias → exp(logit − largest), in place; returns the largest and the sum."""
+    """n of logits + bias, (slots,) float32, → exp(logit − largest), in place; returns the largest and the sum."""
     top = np.float32(-np.inf)
     for j in range(n):
         logits[j] += bias[j]
@@ -95,7 +97,7 @@ def rotate(x, angles, scale, out):
 
 @compiled
 def score(dt, a):
-    """exp(A · softplus(dt))"""
+    """A key's score exp(A · softplus(dt)), computed in float64, as float32."""
     dt = np.float64(dt)
     softplus = dt if dt > 20.0 else math.log1p(math.exp(dt))
     return np.float32(math.exp(np.float64(a) * softplus))
@@ -103,7 +105,7 @@ def score(dt, a):
 
 @compiled
 def grid(s):
-    """The place of a score among floats of 12 bits of mantissa: ``ops.dynamic_mask.window.grid``."""
+    """The place (int64) of a float32 among floats of 12 bits of mantissa: ``ops.dynamic_mask.window.grid``."""
     bits = as_bits(s + np.float32(0.0))
     ordered = np.int64(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
     return (ordered + ((1 << 31) + (1 << 10))) >> 11
@@ -111,7 +113,7 @@ def grid(s):
 
 @compiled
 def lowest(ranks, n):
-    """Where the smallest of the first n is."""
+    """Where the smallest of the first n ``ranks`` (slots,) int64 is."""
     smallest = ranks[0]
     for j in range(n):
         smallest = min(smallest, ranks[j])
@@ -134,7 +136,13 @@ def lowest_old(ranks, n, first_recent):
 
 @compiled
 def hide_dropped(s, ranks, n, window, first_recent, out):
-    """The scores of the ``window`` best of n keys, and of those that arrived from ``first_recent`` on; −∞ else."""
+    """The scores of the ``window`` best of n keys, and of those that arrived from ``first_recent`` on; −∞ else.
+
+    Args:
+        s: (slots,) float32.
+        ranks: (slots,) int64.
+        out: (slots,) float32.
+    """
     worst = np.partition(ranks[:n], n - window)[n - window] if n > window else np.int64(-1)
     for j in range(n):
         seen = ranks[j] >= worst or ranks[j] % ARRIVALS >= first_recent
@@ -162,7 +170,13 @@ def _best_first(values, n, places, best):
 
 @compiled
 def route(logits, k, chosen, shares):
-    """The k best of K × K product keys and the softmax of their scores: ``ops.product_key``, for one token."""
+    """The k best of K × K product keys and the softmax of their scores: ``ops.product_key``, for one token.
+
+    Args:
+        logits: (2 K,) float32.
+        chosen: out (k,) int64, best first.
+        shares: out (k,) float32.
+    """
     K = len(logits) // 2
     few = min(k, K)
     a, b, places = np.empty(few, np.int64), np.empty(few, np.int64), np.arange(K)

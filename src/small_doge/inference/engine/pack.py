@@ -29,12 +29,13 @@ GROUP = {INT8: 64, INT4: 32}  # weights that share a scale
 
 
 def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 → the upper halves of the nearest bfloat16, ties to even, uint16."""
+    """float32 of any shape → the upper halves of the nearest bfloat16, ties to even, uint16."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """Upper halves, uint16 of any shape, → the float32 that they are."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -109,6 +110,7 @@ class Packed:
 
     @property
     def precision(self) -> str:
+        """float32, bf16, int8 or int4: that of the matrices."""
         return self.header["precision"]
 
     def matrix(self, name: str) -> np.ndarray:
@@ -121,7 +123,7 @@ class Packed:
         return decode(self.data[e["at"] : e["at"] + e["bytes"]], scales, kind, rows)[:, :columns]
 
     def vector(self, name: str) -> np.ndarray:
-        """A vector, float32."""
+        """A vector, (n,) float32."""
         e = self.header["tensors"][name]
         return self.data[e["at"] : e["at"] + e["bytes"]].view(np.float32)
 

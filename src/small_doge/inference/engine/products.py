@@ -106,7 +106,7 @@ def multiply_rows(kind, weights, scales, first, last, n, x, x16, factors, T, y, 
 
 @compiled
 def add_row(kind, weights, scales, row, n, factor, y):
-    """y[k] += factor · weights[row, k] for n weights."""
+    """y[k] += factor · weights[row, k] for n weights; y (n,) float32, by its address."""
     size, scale_size = row_bytes(kind, n)
     weights, scales = weights + row * size, scales + row * scale_size
     if kind == FLOAT32:
@@ -141,7 +141,10 @@ def key_products(kind, heads, q, stride, k, D, blocks, y, step):
 
 @compiled
 def value_sums(kind, heads, p, stride, v, n, width, y, step):
-    """y[h] += Σ_j p[h, j] · v[j] for n values of ``width`` channels, a multiple of 64."""
+    """y[h] += Σ_j p[h, j] · v[j] for n values of ``width`` channels, a multiple of 64.
+
+    Addresses of p (heads, n) and y (heads, width), float32, rows ``stride`` and ``step`` floats apart; v (n, width).
+    """
     size = 4 if kind == FLOAT32 else 2
     for start in range(0, n, BLOCK):  # so many stay in the nearest cache for all heads and channels
         some, values = min(BLOCK, n - start), v + start * width * size

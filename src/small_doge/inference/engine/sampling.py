@@ -48,7 +48,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @compiled
 def likeliest(logits):
-    """The first of the largest."""
+    """The first of the largest of ``logits`` (V,)."""
     top = logits[0]
     for i in range(len(logits)):
         top = max(top, logits[i])
@@ -137,7 +137,7 @@ def probabilities(logits, temperature, top_k, top_p, p):
 
 @compiled
 def draw(p, uniform):
-    """The token where the sum of p from the left first exceeds ``uniform`` (0 ≤ u < 1) of the whole."""
+    """The token where the sum of p (V,) from the left first exceeds ``uniform`` (0 ≤ u < 1) of the whole."""
     total = 0.0
     for i in range(len(p)):
         total += p[i]

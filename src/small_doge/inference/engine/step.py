@@ -50,6 +50,7 @@ def chunks_of(rows, n, T, threads):
 
 @compiled
 def norm_all(shape, floats, weight, work, T):
+    """normed (T, C_padded) and normed16 of ``work`` ← the RMSNorm of its x; ``weight`` is a place among the floats."""
     for t in range(T):
         rms_norm(work.x[t], floats[weight : weight + shape.C], shape.eps, work.normed[t])
         if shape.integers:
@@ -72,7 +73,10 @@ def times(row, matrix, first, last, n, x, t, T, y, step):
 
 @compiled
 def add_to_x(shape, floats, keep, bias, work, rows, first, last, T):
-    """x ← keep · x + rows + bias, in the channels first ≤ c < last."""
+    """x ← keep · x + rows + bias, in the channels first ≤ c < last of ``work.x`` (T, C_padded).
+
+    ``keep`` and ``bias`` are places among the floats, ``bias`` −1 for none; ``rows`` (≥ T · (last − first),) float32.
+    """
     n = last - first
     for t in range(T):
         x, new = work.x[t, first:last], rows[t * n : (t + 1) * n]
@@ -85,7 +89,7 @@ def add_to_x(shape, floats, keep, bias, work, rows, first, last, T):
 
 @compiled
 def add_experts(shape, row, work, t, first, last, routed):
-    """Σ p_e · silu(x · down_embed[e]) · up_embed[e] over some of the experts that token t is sent to."""
+    """routed (C_padded,) ← Σ p_e · silu(x · down_embed[e]) · up_embed[e] over some of the experts of token t."""
     n, one, product = shape.C_padded, np.int64(1), np.empty(1, np.float32)
     x = (work.normed, work.normed16, work.factors[0])
     routed[:] = np.float32(0.0)
@@ -107,7 +111,7 @@ def expert_chunks(shape, T, threads):
 
 @compiled
 def start(shape, table, floats, work, ids, T):
-    """Embeddings, and the norm of the first layer."""
+    """Embeddings of ``ids`` (T,) int64 in ``work.x`` (T, C_padded), and the norm of the first layer."""
     ends = table[shape.layers]
     for t in range(T):
         work.x[t] = np.float32(0.0)

@@ -63,7 +63,7 @@ def lead(shape, table, floats, frequencies, scaling, slots, work, control, ids, 
 
 @compiled
 def judge(control, asleep, took):
-    """Whether the next steps are done without helpers, after one of which the leader was ``asleep`` so long."""
+    """Whether the next steps are done without helpers: one took ``took`` nanoseconds, ``asleep`` of them waiting."""
     if TOO_LONG * asleep < took:
         control[PATIENCE] = max(control[PATIENCE] - 1, FEWEST_ALONE)
     else:
@@ -153,7 +153,7 @@ class Crew:
     def run(
         self, ids: np.ndarray, past: int, outputs: int, slots: Any, text: int, frequencies: np.ndarray, scaling: float
     ) -> None:
-        """One step of the text whose number is ``text``."""
+        """One step of the text whose number is ``text``, with ``ids`` (T,) int64; the logits are then in ``work``."""
         self.slots, self.text = slots, text
         if self._helpers and not self.control[ALONE]:
             self._make_room(current_core())

@@ -45,6 +45,7 @@ class Writer:
         self.b = builder
 
     def number(self, n: int) -> Any:
+        """n as a constant."""
         return ir.Constant(_I64, n)
 
     def at(self, address: Any, place: Any, size: int) -> Any:
@@ -53,11 +54,13 @@ class Writer:
         return self.b.add(address, self.b.mul(place, self.number(size)))
 
     def load(self, address: Any, kind: Any, align: int) -> Any:
+        """What is there of an LLVM type ``kind``, at a multiple of ``align`` bytes."""
         loaded = self.b.load(self.b.inttoptr(address, kind.as_pointer()))
         loaded.align = align
         return loaded
 
     def store(self, value: Any, address: Any) -> None:
+        """Write a number or a vector there, at a multiple of 4 bytes."""
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = 4
 
     def floats(self, address: Any, place: Any) -> Any:
@@ -82,6 +85,7 @@ class Writer:
         return self.load(self.at(address, place, 2), ir.VectorType(_I16, 2 * LANES), 2)
 
     def bytes(self, address: Any, lanes: int = LANES) -> Any:
+        """So many bytes, as one vector."""
         return self.load(address, ir.VectorType(_I8, lanes), 1)
 
     def pair_products(self, weights: Any, x: Any) -> Any:
@@ -106,6 +110,7 @@ class Writer:
         return self.splat(self.b.bitcast(self.b.shl(self.b.zext(bits, _I32), ir.Constant(_I32, 16)), _F))
 
     def splat(self, value: Any) -> Any:
+        """One number, 16 times."""
         empty = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
         one = self.b.insert_element(empty, value, ir.Constant(_I32, 0))
         return self.b.shuffle_vector(one, empty, ir.Constant(_INTS, [0] * LANES))
@@ -116,6 +121,7 @@ class Writer:
         return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, "llvm.fmuladd.v16f32"), [a, b, c])
 
     def sum(self, values: Any) -> Any:
+        """The sum of 16 floats, added in any order."""
         kind = ir.FunctionType(_F, [_F, FLOATS])
         reduce = cgutils.get_or_insert_function(self.b.module, kind, "llvm.vector.reduce.fadd.v16f32")
         return self.b.call(reduce, [ir.Constant(_F, 0.0), values], fastmath=_ANY_ORDER)
@@ -125,9 +131,11 @@ class Writer:
         return [cgutils.alloca_once_value(self.b, ir.Constant(FLOATS, [0.0] * LANES)) for _ in range(n)]
 
     def add_to(self, total: Any, a: Any, b: Any) -> None:
+        """total += a · b, for one of :meth:`zeros`."""
         self.b.store(self.add_product(a, b, self.b.load(total)), total)
 
     def loop(self, start: int, stop: Any, step: int) -> Any:
+        """A ``with`` block of instructions for start, start + step … below ``stop``; gives (that number, the round)."""
         return cgutils.for_range_slice(self.b, self.number(start), stop, self.number(step))
 
 

@@ -45,7 +45,7 @@ def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, d
 
 
 def takes_heads(q: torch.Tensor) -> bool:
-    """Whether the GPU of q is a Hopper, whose copies of blocks this is made for, and can copy heads of this size.
+    """Whether the GPU of q (B, H, T, D) is a Hopper, whose copies of blocks this is made for, and can copy such heads.
 
     On others the kernels spill registers (tests/ops/compile_kernels.py).
     """

@@ -55,7 +55,11 @@ def reference(
     local_window: int = 0,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`small_doge.ops.dynamic_mask.dynamic_mask_attention`. Returns the output and the weights."""
+    """See :func:`small_doge.ops.dynamic_mask.dynamic_mask_attention`.
+
+    Returns:
+        The output (B, H, Tq, D) in the dtype of q, and the weights (B, H, Tq, Tk) before dropout, at least float32.
+    """
     (_, H, Tq, D), Tk = q.shape, k.shape[2]
     visible = visible_keys(Tq, Tk, q.device) if mask is None else mask
     kept = kept_keys(s, visible, window, local_window).repeat_interleave(H // s.shape[1], dim=1)  # (B, H, Tq, Tk)

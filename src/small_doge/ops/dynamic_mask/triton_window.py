@@ -15,6 +15,7 @@ def sort_keys(
     T, M,
     SHIFT: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
+    """One program a row and 1,024 keys: the number that each is ranked by."""
     row = tl.program_id(1)
     x = tl.program_id(0) * 1024 + tl.arange(0, 1024)
     real = x < T
@@ -74,6 +75,7 @@ def thresholds(
     T, window, blocks,
     C: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    """One program a row and block: the bucket of that rank from ``at_least``, then its place in the bucket."""
     row, b = tl.program_id(1).to(tl.int64), tl.program_id(0)
     table = at_least + (row * blocks + b) * (blocks + 1)
     u = tl.arange(0, BLOCKS)

@@ -53,7 +53,12 @@ def backward(
     weights: torch.Tensor,
     dots: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of x, down, up and weights, each in its dtype."""
+    """The gradients of x (N, C), down and up (E, C), and weights (N, k), each in its dtype.
+
+    Args:
+        do: (N, C), the gradient of the output.
+        dots: (N, k), from :func:`forward`.
+    """
     dtypes = [leaf.dtype for leaf in (x, down, up, weights)]
     do, x, down, up, weights = _wide(x.dtype, do, x, down, up, weights)
     with torch.autocast(x.device.type, enabled=False):
