@@ -13,9 +13,10 @@ from . import artifacts
 from . import recipe as recipes
 from .errors import UserError
 
-# Of the time given, what pretraining takes. SFT and DPO take a quarter of that each; the rest is for all other stages.
-_PRETRAINING_SHARE = 0.53
-_QUARTER = 4
+# Of the time given, what pretraining takes. SFT takes a quarter of that, DPO half; the rest is for all other stages.
+_PRETRAINING_SHARE = 0.47
+# Steps of SFT and DPO, at most, for each of pretraining. SFT's take as long; DPO's, of eight short pairs, a third.
+_SFT_STEPS, _DPO_STEPS = 0.25, 1.6
 
 
 @dataclass
@@ -23,7 +24,7 @@ class DemoRecipe:
     """What the demo may take and where it goes."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "folder of the run"})
-    max_minutes: float = field(default=7.5, metadata={"help": "minutes for all stages together"})
+    max_minutes: float = field(default=8.0, metadata={"help": "minutes for all stages together"})
     recipes: str = field(
         default=str(Path(__file__).resolve().parents[2] / "recipes" / "doge-tiny"),
         metadata={"help": "folder with tokenizer.yaml, prepare.yaml and the recipes of the other stages"},
@@ -104,8 +105,8 @@ def _teach(root: Path, settings: Callable[..., Any]) -> bool:
     questions = write_questions(settings("questions", QuestionsRecipe, output_dir=str(root / "questions")))
 
     # Pretraining was as long as this machine could do in its time. These two are as long as their recipes say, or
-    # shorter where that would be more than a quarter of it; a step takes about the time of one of pretraining.
-    tokens = artifacts.read_json(root / "pretrain" / artifacts.STAGE_FILE)["tokens"] // _QUARTER
+    # shorter on a slower machine.
+    steps = artifacts.read_json(root / "pretrain" / artifacts.STAGE_FILE)["steps"]
 
     from .training.dpo import DPOArguments, dpo
     from .training.sft import SFTArguments, sft
@@ -114,22 +115,19 @@ def _teach(root: Path, settings: Callable[..., Any]) -> bool:
     data = str(questions / CONVERSATIONS)
     paths = {"data": data, "eval_data": data, "model": str(root / "pretrain"), "output_dir": str(root / "sft")}
     asked = settings("sft", SFTArguments, **paths)
-    steps = _fewer(tokens // asked.tokens_per_step, asked.max_steps)
-    sft(settings("sft", SFTArguments, max_steps=steps, **paths))
+    sft(settings("sft", SFTArguments, max_steps=_fewer(_SFT_STEPS * steps, asked.max_steps), **paths))
 
     _say("6/8 DPO")
     data = str(questions / PREFERENCES)
-    paths = {"eval_data": data, "model": str(root / "sft"), "output_dir": str(root / "dpo")}
-    asked = settings("dpo", DPOArguments, data=data, **paths)
-    steps = _fewer(tokens // asked.tokens_per_step, asked.max_steps)
-    pairs = steps * asked.tokens_per_step // asked.max_length  # the reference reads no pair that training does not
-    dpo(settings("dpo", DPOArguments, data={"path": data, "max_rows": pairs}, max_steps=steps, **paths))
+    paths = {"data": data, "eval_data": data, "model": str(root / "sft"), "output_dir": str(root / "dpo")}
+    asked = settings("dpo", DPOArguments, **paths)
+    dpo(settings("dpo", DPOArguments, max_steps=_fewer(_DPO_STEPS * steps, asked.max_steps), **paths))
     return True
 
 
-def _fewer(steps: int, planned: int) -> int:
+def _fewer(steps: float, planned: int) -> int:
     """The steps that there is time for, and at most those of the recipe, if it says."""
-    return max(1, min(steps, planned) if planned > 0 else steps)
+    return max(1, min(int(steps), planned) if planned > 0 else int(steps))
 
 
 def _say(stage: str) -> None:

@@ -89,6 +89,26 @@ def test_a_preference_is_the_right_paragraph_over_that_of_a_sibling(found):
             assert (one["chosen"], one["rejected"]) == (other["rejected"], other["chosen"])
 
 
+def test_siblings_meet_again_only_as_others(found):
+    train, _ = sides(found)
+    once, twice = preferences(train), preferences(train, rounds=2)
+    assert twice[: len(once)] == once
+    assert 1.8 * len(once) < len(twice) < 2 * len(once)  # a module of two has no others
+    met = [frozenset((row["chosen"], row["rejected"])) for row in twice[::2]]
+    assert len(set(met)) == len(met)
+
+
+def test_neighbours_are_of_like_length(found):
+    """So that a batch of eight rows holds little padding: half of what it would in the order of names."""
+    rows = preferences(sides(found)[0])
+
+    def padding(rows):
+        longest = [max(len(row["chosen"]), len(row["rejected"])) for row in rows]
+        return sum(8 * max(longest[i : i + 8]) for i in range(0, len(rows), 8)) / sum(longest) - 1
+
+    assert padding(rows) < 0.5 * padding(sorted(rows, key=lambda row: row["definition"]))
+
+
 def test_one_name_and_one_paragraph_stand_once(found):
     assert len({d.name for d in found}) == len(found)
     assert len({d.paragraph for d in found}) == len(found)

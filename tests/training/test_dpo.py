@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from chats import EXPERTS, conversations, interrupt_at, log_of, preferences, write_model, write_rows
+from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from small_doge import recipe
@@ -12,6 +13,7 @@ from small_doge.data.tokenizer import load_tokenizer
 from small_doge.errors import UserError
 from small_doge.models import load_model
 from small_doge.training import dpo as module
+from small_doge.training.align import open_model
 from small_doge.training.dpo import DogeDPOTrainer, DPOArguments, dpo, encode
 from small_doge.training.sft import SFTArguments, sft
 
@@ -133,6 +135,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(arguments, taught, tmp_pat
     assert log_of(resumed) == log_of(whole)
     ours, theirs = load_model(resumed).state_dict(), load_model(whole).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_only_labelled_positions_are_scored(arguments, monkeypatch):
+    """And they get what the model's own logits say; TRL scores a whole batch on a CPU if it is let."""
+    scored, original = [], trl_utils._ChunkedLogProbFunction.apply
+    spy = staticmethod(lambda hidden, *rest: scored.append(len(hidden)) or original(hidden, *rest))
+    args = arguments(max_steps=1)
+    model, tokenizer = open_model(args)
+    train, *_ = encode(args, tokenizer)
+    trainer = DogeDPOTrainer(model, args, train_dataset=train, eval_dataset=train, processing_class=tokenizer)
+    ids = torch.randint(5, 60, (3, 11), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.rand(3, 11, generator=torch.Generator().manual_seed(1)) < 0.6, -100)
+    monkeypatch.setattr(trl_utils._ChunkedLogProbFunction, "apply", spy)
+    found = trainer.model(input_ids=ids, labels=labels, fused_lm_head=True)
+    assert scored == [int((labels[:, 1:] != -100).sum())]
+    expected = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    expected = expected.masked_fill(labels[:, 1:] == -100, 0)
+    assert (found.log_probs - expected).abs().max() < 1e-5
 
 
 def test_no_second_model_is_in_memory(arguments, monkeypatch):

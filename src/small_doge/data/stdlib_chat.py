@@ -66,11 +66,16 @@ class QuestionsRecipe:
     corpus_validation_fraction: float = field(
         default=0.03, metadata={"help": "that of prepare.yaml: files held out there are held out here"}
     )
+    rounds: int = field(
+        default=1, metadata={"help": "times that siblings are put together anew for preferences to learn from"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("validation_fraction", "corpus_validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected 0 to less than 1")
+        if self.rounds < 1:
+            raise ValueError(f"`rounds` is {self.rounds}, expected at least 1")
 
 
 def write_questions(recipe: QuestionsRecipe) -> Path:
@@ -93,9 +98,11 @@ def write_questions(recipe: QuestionsRecipe) -> Path:
         raise UserError(f"of {len(found)} definitions one side has none: change `validation_fraction`")
     facts: dict[str, Any] = {}
     with artifacts.staged(output_dir) as partial:
-        for kind, rows_of in ((CONVERSATIONS, conversations), (PREFERENCES, preferences)):
+        for kind in (CONVERSATIONS, PREFERENCES):
             for side, there in sides.items():
-                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(there)]
+                rounds = recipe.rounds if side == "train" else 1
+                rows = conversations(there) if kind == CONVERSATIONS else preferences(there, rounds)
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
                 path = partial / kind / f"{side}.jsonl"
                 path.parent.mkdir(exist_ok=True)
                 artifacts.write_text(path, "".join(lines))
@@ -119,22 +126,36 @@ def conversations(found: list[Definition]) -> list[dict[str, Any]]:
     return rows
 
 
-def preferences(found: list[Definition]) -> list[dict[str, Any]]:
+def preferences(found: list[Definition], rounds: int = 1) -> list[dict[str, Any]]:
     """The right paragraph over that of a sibling, for two siblings at a time, in an order by hash.
 
     Each of the two has the other's paragraph for its rejected answer, and their rows stand one after the other: in one
     step of training what could be learned of the answers alone cancels out, and only what the question says of them is
-    left. A definition that is left over has no row. The first rows are a fair part of all.
+    left. A definition that is left over has no row. The first rows are a fair part of all, but for the order inside
+    every 64 twos, which is by length: a batch of neighbours then holds little padding.
+
+    Args:
+        rounds: times that siblings are put together anew; twos that were together already are left out.
     """
     modules: dict[str, list[Definition]] = defaultdict(list)
-    for d in sorted(found, key=lambda d: _number(d.name)):
+    for d in found:
         modules[d.module].append(d)
-    twos = [two for siblings in modules.values() for two in zip(siblings[::2], siblings[1::2], strict=False)]
-    pairs = []
-    for one, other in sorted(twos, key=lambda two: _number(two[0].name)):
-        for right, wrong in ((one, other), (other, one)):
-            pair = {"prompt": right.question, "chosen": right.paragraph, "rejected": wrong.paragraph}
-            pairs.append({**pair, "definition": right.name, "pretrained_on": right.pretrained_on})
+    pairs, together = [], set()
+    for i in range(rounds):
+        twos = []
+        for siblings in modules.values():
+            mixed = sorted(siblings, key=lambda d: _number(f"{i} {d.name}"))
+            for two in zip(mixed[::2], mixed[1::2], strict=False):
+                names = frozenset(d.name for d in two)
+                if names not in together:
+                    together.add(names)
+                    twos.append(two)
+        twos.sort(key=lambda two: _number(two[0].name))
+        for start in range(0, len(twos), 64):
+            for one, other in sorted(twos[start : start + 64], key=lambda two: max(len(d.paragraph) for d in two)):
+                for right, wrong in ((one, other), (other, one)):
+                    pair = {"prompt": right.question, "chosen": right.paragraph, "rejected": wrong.paragraph}
+                    pairs.append({**pair, "definition": right.name, "pretrained_on": right.pretrained_on})
     return pairs
 
 

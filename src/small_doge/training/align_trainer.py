@@ -17,6 +17,15 @@ from .checkpoints import checkpoint_name, seal
 from .optimizer import decayed_parameters
 
 
+def _labels_alone(device: torch.device) -> bool:
+    """Whether TRL scores the labelled positions of a batch alone, in place of its own answer, which is no on a CPU.
+
+    It scores all of them for devices that compile for every shape. Of a batch of short pairs a quarter is labelled, and
+    on a CPU scores are half of a step's time.
+    """
+    return device.type in ("cpu", "cuda", "xpu")
+
+
 class AlignTrainer:
     """What goes before ``SFTTrainer``, ``DPOTrainer`` and ``GRPOTrainer`` in the order of inheritance.
 
@@ -33,6 +42,10 @@ class AlignTrainer:
     _total_train_tokens: int
 
     def __init__(self, model: Any, args: Any, **options: Any):
+        from trl.trainer import utils
+
+        if hasattr(utils, "_use_triton"):  # TRL's own name for the question; its kernels ask elsewhere
+            utils._use_triton = _labels_alone
         config, coefficient = model.config, args.router_aux_loss_coef
         told = (config.router_aux_loss_coef, config.output_router_logits)
         args.router_aux_loss_coef = 0.0  # so that TRL adds no balance loss of another model; it writes it to the config
