@@ -14,9 +14,9 @@ from . import recipe as recipes
 from .errors import UserError
 
 # Of the time given, what pretraining takes. SFT takes a quarter of that, DPO half; the rest is for all other stages.
-_PRETRAINING_SHARE = 0.47
+_PRETRAINING_SHARE = 0.44
 # Steps of SFT and DPO, at most, for each of pretraining. SFT's take as long; DPO's, of eight short pairs, a third.
-_SFT_STEPS, _DPO_STEPS = 0.25, 1.6
+_SFT_STEPS, _DPO_STEPS = 0.25, 2.0
 
 
 @dataclass
@@ -24,7 +24,7 @@ class DemoRecipe:
     """What the demo may take and where it goes."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "folder of the run"})
-    max_minutes: float = field(default=8.0, metadata={"help": "minutes for all stages together"})
+    max_minutes: float = field(default=7.8, metadata={"help": "minutes for all stages together"})
     recipes: str = field(
         default=str(Path(__file__).resolve().parents[2] / "recipes" / "doge-tiny"),
         metadata={"help": "folder with tokenizer.yaml, prepare.yaml and the recipes of the other stages"},
