@@ -13,7 +13,7 @@ from . import artifacts
 from . import recipe as recipes
 from .errors import UserError
 
-# Of the time given, what pretraining takes. SFT takes a third of that, DPO two thirds; the rest is for all other stages.
+# Of the time given, what pretraining takes. SFT takes a third of that, DPO two thirds; all other stages have the rest.
 _PRETRAINING_SHARE = 0.44
 # Steps of SFT and DPO, at most, for each of pretraining. SFT's take as long; DPO's, of eight short pairs, a third.
 _SFT_STEPS, _DPO_STEPS = 0.35, 2.1
