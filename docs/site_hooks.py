@@ -21,6 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src"
 COMMANDS, PYTHON = "reference/commands", "reference/python"
+FIGURES = "studies/figures"
+OUTSIDE = re.compile(r"(?<=\]\()\.\./\.\./((?:experiments|benchmarks/results)/[\w.]+\.(?:png|csv))(?=\))")
 # Page: the package whose modules it shows. Kernels (triton_…) are reached through the functions beside them.
 PARTS = {
     "ops_dynamic_mask": ("ops.dynamic_mask", "attention: the dispatcher, its paths, eviction times"),
@@ -94,7 +96,21 @@ def on_files(files: Any, config: Any) -> Any:
     made |= {f"{PYTHON}/{page}.md": python_page(part, what) for page, (part, what) in PARTS.items()}
     for path, content in made.items():
         files.append(File.generated(config, path, content=content))
+    for path in figures():
+        files.append(File.generated(config, f"{FIGURES}/{path.name}", abs_src_path=str(path)))
     return files
+
+
+def figures() -> list[Path]:
+    """The pictures and tables of studies, which lie beside the scripts that made them."""
+    pages = (page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "studies").glob("*.md")))
+    named = dict.fromkeys(name for page in pages for name in OUTSIDE.findall(page))
+    return [ROOT / name for name in named]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """A page of a study names its pictures where they are in the repository; the site has them in a folder."""
+    return OUTSIDE.sub(lambda found: f"figures/{Path(found[1]).name}", markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -1,161 +1,164 @@
-"""Doge and transformers' Llama of equal size, trained on the same rows in the same order by the same Trainer.
+"""Doge and transformers' Llama of equal size on the same rows in the same order, and Doge without one of its parts.
 
-python experiments/against_llama.py --data runs/doge-20m/data --steps 300      # one GPU; writes against_llama.csv, .png
-python experiments/against_llama.py --draw experiments/against_llama.csv       # draws the picture again
+    python experiments/against_llama.py --data runs/doge-20m/data       # against_llama.csv, .png; an hour of one GPU
+    python experiments/against_llama.py --draw                          # the picture and the table from the CSV
 
-The published rate of the size: AdamW, warmup, stable, decay. Doge sees documents apart; Llama gets a row as one text,
-as it is usually trained. Both are scored on the same held-out rows, tokens that begin a document left out.
+Kinds: ``doge``; ``llama``, with the same width, layers, heads and SwiGLU; ``no bias`` is a Doge whose A stays 0, so
+that every score is the same: plain attention; ``no residual weights`` one whose residuals stay 1; ``no q/k norm`` that
+of the first releases; ``window 512`` keeps a quarter of the row. Learning rates are swept for Doge and Llama; the parts
+are left out at Doge's published rate. Each is scored on the same held-out rows.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-import sys
-import tempfile
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from points import BLUE, GREEN, ORANGE, RED, SKY, Point, Row, build, parser, run
+from runs import WARMUP, train
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "benchmarks"))
-from common import BLUE, ORANGE, build, provenance, read_csv, this_device, write_csv  # noqa: E402
+from small_doge.data.packing import PackedTokens
+from small_doge.models import config_for
 
-from small_doge.data.packing import PackedTokens, collate  # noqa: E402
-from small_doge.models import config_for  # noqa: E402
-from small_doge.training.arguments import PretrainArguments  # noqa: E402
-from small_doge.training.estimates import flops_per_token, peak_flops  # noqa: E402
-from small_doge.training.pretrain import PretrainTrainer, _Run  # noqa: E402
-
-OURS, LLAMA = "ours", "transformers Llama"
-RATES = {"20m": 8e-3, "60m": 6e-3, "160m": 4e-3, "320m": 2e-3}
+DOGE, LLAMA = "doge", "llama"
+COLORS = {DOGE: BLUE, LLAMA: ORANGE}
+WITHOUT = {"no bias": SKY, "no residual weights": GREEN, "no q/k norm": RED, "window 512": "#CC79A7"}
+RATES = {"20m": (8e-3, 4e-3, 2e-3, 1e-3), "60m": (6e-3, 3e-3, 1.5e-3)}  # the published one, and lower ones
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's distribution, by the number of seeds
 
 
-class Plain(PretrainTrainer):
-    """The same Trainer for a model that computes its loss from logits."""
-
-    compute_loss = Trainer.compute_loss
-
-
-def inputs_for(kind: str, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    batch = collate(rows)
-    return batch if kind == OURS else {name: batch[name] for name in ("input_ids", "labels")}
-
-
-@torch.no_grad()
-def held_out(model: Any, kind: str, data: PackedTokens, device: torch.device) -> float:
-    """Nats a token over all labelled tokens of the split."""
-    model.eval()
-    total, count = 0.0, 0
-    for start in range(0, len(data), 8):
-        batch = inputs_for(kind, [data[i] for i in range(start, min(start + 8, len(data)))])
-        labels = int((batch["labels"][:, 1:] != -100).sum())
-        with torch.autocast(device.type, torch.bfloat16):
-            total += model(**{name: x.to(device) for name, x in batch.items()}, use_cache=False).loss.item() * labels
-        count += labels
-    return total / count
+def model_of(kind: str, config: Any) -> Any:
+    """A fresh model of a kind; what a kind leaves out stays at its start."""
+    if kind == "window 512":
+        config.keep_window_size = 512
+    if kind == "no q/k norm":
+        config.qk_norm = False
+    model = build("transformers Llama" if kind == LLAMA else "ours", config)
+    for name, parameter in model.named_parameters():
+        frozen = kind == "no bias" and name.endswith(".A")
+        frozen |= kind == "no residual weights" and name.endswith("_residual")
+        parameter.requires_grad_(not frozen)
+    return model
 
 
-def train(kind: str, args: argparse.Namespace, data: PackedTokens, validation: PackedTokens) -> list[dict[str, Any]]:
-    """The log of one run, a row every ten steps, and its held-out loss in the last."""
-    device, row_length = this_device(), data.manifest["row_length"]
-    config = config_for(args.size, vocab_size=data.manifest["vocab_size"], max_position_embeddings=row_length)
-    torch.manual_seed(args.seed)
-    model = build(kind, config)
-    for layer in model.model.layers if device.type == "cuda" else ():
-        layer.compile(dynamic=False)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = PretrainArguments(
-            output_dir=folder,
-            data="-",
-            tokenizer="-",
-            max_steps=args.steps,
-            learning_rate=args.learning_rate or RATES[args.size],
-            warmup_steps=args.steps // 10,
-            lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={"num_decay_steps": args.steps // 5},
-            bf16=device.type == "cuda",
-            seed=args.seed,
-            per_device_train_batch_size=args.rows,
-            gradient_accumulation_steps=args.micro_batches,
-            logging_steps=min(10, args.steps),
-            save_strategy="no",
-            report_to="none",
-            dataloader_num_workers=4 if device.type == "cuda" else 0,
-            on_bad_step="ignore",
-        )
-        tokens = args.rows * args.micro_batches * row_length
-        bytes_per_token = data.bytes_per_token()
-        flops = flops_per_token(config, row_length)
-        run = _Run(tokens, bytes_per_token, bytes_per_token, flops, peak_flops(device, bf16=True))
-        trainer = (PretrainTrainer if kind == OURS else Plain)(
-            model, arguments, train_dataset=data, data_collator=lambda rows: inputs_for(kind, rows), run=run
-        )
-        trainer.train()
-    same = {"model": kind, "size": args.size, "seed": args.seed, "learning_rate": arguments.learning_rate}
-    found: list[dict[str, Any]] = [
-        same
-        | {"step": x["step"], "tokens": x["step"] * tokens, "loss": round(x["loss"], 4)}
-        | {"tokens_per_second": round(x["tokens_per_second"])}
-        for x in trainer.state.log_history
-        if "loss" in x
+def measure(point: Point) -> list[Row]:
+    """The log of one run, a row every few steps, and its held-out loss in the last."""
+    data, validation = (PackedTokens(point["data"], split, check=False) for split in ("train", "validation"))
+    manifest = data.manifest
+    config = config_for(
+        point["size"], vocab_size=manifest["vocab_size"], max_position_embeddings=manifest["row_length"]
+    )
+    torch.manual_seed(point["seed"])
+    model = model_of(point["kind"], config)
+    parameters = sum(p.numel() for p in model.parameters())
+    settings = {name: point[name] for name in ("steps", "rows", "micro_batches", "learning_rate", "seed")}
+    found = train(model, data, validation, warmup_steps=point["warmup"], **settings)
+    rows: list[Row] = [{"parameters": parameters} | row for row in found.log]
+    rows[-1] |= found.figures
+    return rows
+
+
+def points_of(args: Any) -> list[Point]:
+    """The rates first, then the seeds at the published rate, then what is left out, then the other rates' seeds."""
+    published = RATES[args.size][0]
+    rates = [(kind, rate, args.seeds[0]) for rate in RATES[args.size] for kind in (DOGE, LLAMA)]
+    seeds = [(kind, published, seed) for seed in args.seeds[1:] for kind in (DOGE, LLAMA)]
+    parts = [(kind, published, seed) for seed in args.seeds for kind in WITHOUT]
+    rest = [(kind, rate, seed) for seed in args.seeds[1:] for rate in RATES[args.size] for kind in (DOGE, LLAMA)]
+    chosen = dict.fromkeys(rates + seeds + parts + rest)
+    settings = {name: getattr(args, name) for name in ("steps", "warmup", "rows", "micro_batches", "data")}
+    return [
+        {"kind": kind, "size": args.size, "learning_rate": rate, "seed": seed} | settings
+        for kind, rate, seed in chosen
+        if kind in args.kinds.split(";")
     ]
-    loss = held_out(model, kind, validation, device)
-    found[-1] |= {"eval_loss": round(loss, 4)}
-    found[-1] |= {"eval_bits_per_byte": round(loss / math.log(2) / validation.bytes_per_token(), 4)}
-    print(f"{kind}: held out {loss:.4f} = {found[-1]['eval_bits_per_byte']} bits per byte", flush=True)
+
+
+def ends(rows: list[Row]) -> dict[tuple[str, str, float], list[float]]:
+    """Held-out bits per byte of each seed, by size, kind and rate."""
+    found: dict[tuple[str, str, float], list[float]] = {}
+    for row in rows:
+        if row["eval_bits_per_byte"]:
+            key = (row["size"], row["kind"], float(row["learning_rate"]))
+            found.setdefault(key, []).append(float(row["eval_bits_per_byte"]))
     return found
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Training loss against tokens, the held-out loss as a point at the end."""
+def interval(values: list[float]) -> str:
+    """The mean and half of its 95 % interval over seeds, by Student's distribution."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.4f} (one seed)"
+    half = T95[min(len(values), max(T95))] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.4f} ± {half:.4f} ({len(values)} seeds)"
+
+
+def report(rows: list[Row]) -> None:
+    """Held-out bits per byte of every kind and rate."""
+    for (size, kind, rate), values in sorted(ends(rows).items()):
+        print(f"{size:>5} {kind:<20} rate {rate:<7g} {interval(values)} bits per byte")
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Curves at the published rate; held-out bits per byte against the rate; what leaving out a part costs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    for kind, color in ((OURS, BLUE), (LLAMA, ORANGE)):
-        mine = [row for row in rows if row["model"] == kind]
-        axes.plot([float(x["tokens"]) / 1e6 for x in mine], [float(x["loss"]) for x in mine], color=color, label=kind)
-        for row in mine:
-            if row.get("eval_loss"):
-                at = (float(row["tokens"]) / 1e6, float(row["eval_loss"]))
-                label = f"held out {at[1]:.3f}, {float(row['eval_bits_per_byte']):.3f} bits per byte"
-                axes.plot(*at, "o", color=color, label=label)
-    axes.set_ylim(top=min(7.0, axes.get_ylim()[1]))
-    axes.set_xlabel("million tokens")
-    axes.set_ylabel("loss, nats a token")
-    axes.set_title(f"{rows[0]['size']}, the same rows in the same order, {rows[0]['device']}", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    size = rows[0]["size"]
+    rows = [row for row in rows if row["size"] == size]
+    published = RATES[size][0]
+    figure, (curves, rates, parts) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for kind, color in COLORS.items():
+        mine = [r for r in rows if r["kind"] == kind and float(r["learning_rate"]) == published]
+        for i, seed in enumerate(dict.fromkeys(r["seed"] for r in mine)):
+            line = [(float(r["tokens"]) / 1e6, float(r["loss"])) for r in mine if r["seed"] == seed]
+            curves.plot(*zip(*line, strict=True), color=color, label=None if i else kind, linewidth=1)
+        swept = sorted((rate, v) for (_, k, rate), v in ends(rows).items() if k == kind)
+        for rate, values in swept:
+            rates.plot([rate] * len(values), values, "o", color=color, markersize=4)
+        means = [statistics.fmean(values) for _, values in swept]
+        rates.plot([rate for rate, _ in swept], means, color=color, label=kind)
+    curves.set_ylim(top=min(7.0, curves.get_ylim()[1]))
+    curves.set(xlabel="million tokens", ylabel="training loss, nats a token", title=f"{size}, rate {published:g}")
+    rates.set(xlabel="peak learning rate", ylabel="held-out bits per byte", title="the rate", xscale="log")
+    found = ends(rows)
+    shown = [k for k in (DOGE, *WITHOUT, LLAMA) if (size, k, published) in found]
+    for i, kind in enumerate(shown):
+        values = found[size, kind, published]
+        color = (COLORS | WITHOUT)[kind]
+        parts.plot(values, [i] * len(values), "o", color=color, alpha=0.6)
+        parts.plot([statistics.fmean(values)] * 2, [i - 0.3, i + 0.3], color=color, linewidth=2)
+    parts.set_yticks(range(len(shown)), shown)
+    parts.invert_yaxis()
+    parts.set(xlabel="held-out bits per byte, a dot a seed", title=f"parts left out, rate {published:g}")
+    for axes in (curves, rates, parts):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#E4E4E4")
+    curves.legend(frameon=False)
+    rates.legend(frameon=False)
+    figure.suptitle(f"Same rows in the same order, {rows[0]['device']}", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder of `doge prepare`")
-    parser.add_argument("--size", default="20m", choices=RATES)
-    parser.add_argument("--kinds", default=f"{OURS};{LLAMA}")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rows", type=int, default=64, help="rows of a micro-batch")
-    parser.add_argument("--micro_batches", type=int, default=4)
-    parser.add_argument("--learning_rate", type=float, help="by default the published one of the size")
-    parser.add_argument("--seed", type=int, default=233)
-    parser.add_argument("--output", type=Path, default=HERE / "against_llama.csv")
-    parser.add_argument("--draw", metavar="CSV", type=Path, help="only draw the picture of an earlier run")
-    args = parser.parse_args()
-    if args.draw:
-        return draw(read_csv(args.draw), args.draw.with_suffix(".png"))
-    data, validation = (PackedTokens(args.data, split) for split in ("train", "validation"))
-    rows: list[dict[str, Any]] = []
-    for kind in args.kinds.split(";"):
-        rows += [row | provenance(this_device()) for row in train(kind, args, data, validation)]
-        write_csv(rows, args.output)  # after every model: a run that is cut short leaves what it had
-    return draw(rows, args.output.with_suffix(".png"))
+    args = parser(__doc__, Path(__file__).with_suffix(".csv"))
+    args.add_argument("--data", default="runs/doge-20m/data", help="folder of `doge prepare`")
+    args.add_argument("--size", default="20m", choices=RATES)
+    args.add_argument("--kinds", default=";".join((DOGE, LLAMA, *WITHOUT)))
+    args.add_argument("--steps", type=int, default=480)
+    args.add_argument("--warmup", type=int, default=WARMUP, help="steps")
+    args.add_argument("--rows", type=int, default=64, help="rows of a micro-batch")
+    args.add_argument("--micro_batches", type=int, default=1)
+    args.add_argument("--seeds", type=int, nargs="+", default=[233, 1, 2])
+    options = args.parse_args()
+    rows = run([] if options.draw else points_of(options), measure, options)
+    report(rows)
+    draw(rows, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_pictures_and_pages_that_are_referred_to_exist():
             assert path.is_file(), f"{page.name}: {target}"
             if bang:
                 assert len(words) > 40, f"{page.name}: {target} has no words for who cannot see it"
-                shown.add(path.stem)
+                shown |= {path.stem} if path.parent == DOCS / "images" else set()
     assert shown == load("figures").FIGURES.keys() == {path.stem for path in (DOCS / "images").iterdir()}
 
 

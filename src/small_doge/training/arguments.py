@@ -54,6 +54,10 @@ class PretrainArguments(TrainingArguments):
         "steps of linear warmup where continue_from holds no optimiser; below 1, that share of all steps", 50
     )
     keep_window_size: int | None = described("keys a query keeps (w); null takes the model's own")
+    local_window: int | None = described(
+        "the last keys, which a query keeps whatever their score; null takes the model's own, 0 as published. Worth "
+        "setting where rows are longer than keep_window_size"
+    )
     router_aux_loss_coef: float | None = described(
         "what the balance loss of experts counts in the training loss; null takes the model's own"
     )
@@ -108,6 +112,10 @@ class PretrainArguments(TrainingArguments):
                 raise ValueError(f"`{name}` is not set, expected a folder")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"`max_minutes` is {self.max_minutes}, expected more than 0")
+        if self.keep_window_size is not None and self.keep_window_size < 1:
+            raise ValueError(f"`keep_window_size` is {self.keep_window_size}, expected at least 1")
+        if self.local_window is not None and self.local_window < 0:
+            raise ValueError(f"`local_window` is {self.local_window}, expected 0 or more")
         if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
             raise ValueError(f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, expected 0 or more")
         if self.auto_find_batch_size and not self.tokens_per_step:

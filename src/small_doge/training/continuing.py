@@ -84,8 +84,19 @@ def open_model(args: Any, start: Start, checkpoint: Path | None = None) -> DogeF
         read_shards(model, folder / WEIGHTS_SHARDED)
     else:
         model = load_model(folder.as_posix())
-    if args.keep_window_size:
-        model.config.keep_window_size = args.keep_window_size
+    return set_windows(model, args)
+
+
+def windows(args: Any) -> dict[str, int]:
+    """The fields of a model's window that a recipe sets."""
+    asked = {name: getattr(args, name) for name in ("keep_window_size", "local_window")}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def set_windows(model: DogeForCausalLM, args: Any) -> DogeForCausalLM:
+    """The model with the windows of the recipe; no weight depends on them."""
+    for name, value in windows(args).items():
+        setattr(model.config, name, value)
     return model
 
 

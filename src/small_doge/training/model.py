@@ -10,7 +10,7 @@ from transformers import set_seed
 from ..data.packing import PackedTokens
 from ..errors import UserError
 from ..models import SIZES, DogeForCausalLM, config_for, load_model
-from .continuing import Start, open_model
+from .continuing import Start, open_model, set_windows, windows
 
 
 def model_of(
@@ -36,7 +36,7 @@ def _fresh_or_from_a_folder(args: Any, data: PackedTokens, tokenizer: Any) -> Do
     set_seed(args.seed)
     if args.model.lower() in SIZES:
         row_length = data.manifest["row_length"]
-        options: dict[str, Any] = {"keep_window_size": args.keep_window_size} if args.keep_window_size else {}
+        options: dict[str, Any] = windows(args)
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = config_for(args.model, vocab_size=vocab_size, **special, **options)
         config.max_position_embeddings = max(config.max_position_embeddings, row_length)
@@ -47,4 +47,4 @@ def _fresh_or_from_a_folder(args: Any, data: PackedTokens, tokenizer: Any) -> Do
             f"model {args.model} has a vocabulary of {model.config.vocab_size:,} and the data {args.data} one of "
             f"{vocab_size:,}; expected the same tokenizer for both"
         )
-    return model
+    return set_windows(model, args)

@@ -1,0 +1,381 @@
+"""Does a window of w keys keep what was said long ago? DMA, full attention, sliding windows on rows of 32,768 tokens.
+
+    python experiments/long_context.py --data runs/long/data      # folder of `doge prepare`; long_context.csv, .png
+    python experiments/long_context.py --draw                     # the picture and the table from the CSV
+
+All kinds are the same Doge on the same rows in the same order. ``full`` has A frozen at 0 and a window as long as the
+row: causal attention with q and k norm. ``window`` has A frozen at 0, so that all keys tie: a sliding window of w.
+``local`` is DMA whose last w/4 keys stay visible whatever their score.
+
+A small model does not know from books what it is asked, so training rows are sown with needles: five tokens in place of
+five of the text, a marker, a key of two and a value of two, and the same five again further on, where the value can be
+recalled from the key. Distances are log-uniform. Keys and values are drawn from the last ids of the vocabulary, the
+rarest of a byte-pair encoding, which are read as ordinary tokens.
+
+The test hides a needle at each of six depths in held-out text and asks for all at its end; right is the greedy value,
+both tokens. Held-out loss is that of text without needles. Speed is a forward pass over eight rows' tokens in
+bfloat16, cut to the length, memory that of one text of the length read into a cache; ``full`` too is computed by our
+kernels, which carry the score along. Every figure has a row of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from points import BLUE, GREEN, GREY, ORANGE, Point, Row, parser, run, this_device
+from runs import IGNORED, train
+from transformers import DynamicCache
+
+from small_doge.data.packed import read_manifest
+from small_doge.data.packing import PackedTokens
+from small_doge.models import DogeForCausalLM, DynamicMaskCache, config_for
+from small_doge.ops.linear_cross_entropy import linear_cross_entropy
+
+DMA, LOCAL, FULL, WINDOW = "dma", "local", "full", "window"
+NAMES = {DMA: "DMA", LOCAL: "DMA, last quarter kept", FULL: "full attention", WINDOW: "sliding window"}
+COLORS = {DMA: BLUE, LOCAL: GREEN, FULL: GREY, WINDOW: ORANGE}
+LINES = ("-", "--", ":", "-.")
+SETTINGS = ("size", "steps", "rows", "micro_batches", "learning_rate", "pairs", "share", "tests", "data")
+
+SIZE = 5  # of a needle: marker, two of the key, two of the value
+SLOT = 2 * SIZE  # a needle of a training row stands anywhere within one of these, so that distances take all values
+POOL = 512  # tokens that keys are made of, and as many for values
+DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # from the question back to the needle, in parts of the length
+ROWS = 8  # of a batch as long as training rows
+FIRST = 64  # where the first bucket of losses ends; each after it ends at twice the position
+
+
+def needles(rng: np.random.Generator, count: int, vocab_size: int) -> np.ndarray:
+    """(count, SIZE) token ids. No token of a key or a value is in two of them, so that each tells what comes next."""
+    pool = min(POOL, vocab_size // 8)
+    if 2 * count > pool:
+        raise ValueError(f"{count} needles need {2 * count} tokens for keys, expected at most {pool} of {vocab_size:,}")
+    keys = vocab_size - 2 * pool
+    marker = np.full((count, 1), keys - 1)
+    parts = [first + rng.permutation(pool)[: 2 * count].reshape(count, 2) for first in (keys, keys + pool)]
+    return np.concatenate([marker, *parts], axis=1)
+
+
+def sow(
+    row: dict[str, torch.Tensor], rng: np.random.Generator, pairs: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Overwrite up to ``pairs`` needles and their questions in a row of :class:`PackedTokens`.
+
+    Returns:
+        Where needles and questions start (n, 2), both of a pair in one document, and what they are (n, SIZE).
+    """
+    input_ids, labels = (row[name].numpy() for name in ("input_ids", "labels"))  # the memory of the tensors
+    slots = len(input_ids) // SLOT
+    # More than are wanted, as some fall on one another or into two documents.
+    distance = np.exp(rng.uniform(0, math.log(slots), 4 * pairs)).astype(np.int64)
+    asked = rng.integers(distance, slots)
+    slot = np.stack([asked - distance, asked], axis=1)
+    starts = slot * SLOT + rng.integers(SLOT - SIZE + 1, size=slot.shape)
+    first = np.zeros(slot.size, dtype=bool)
+    first[np.unique(slot, return_index=True)[1]] = True
+    # Every document and the padding begin with an ignored label: without one in between, all is of one document.
+    ignored = np.concatenate([[0], np.cumsum(labels == IGNORED)])
+    together = ignored[starts[:, 0]] == ignored[starts[:, 1] + SIZE]
+    starts = starts[first.reshape(slot.shape).all(axis=1) & together][:pairs]
+    made = needles(rng, pairs, vocab_size)[: len(starts)]
+    where = starts[:, :, None] + np.arange(SIZE)
+    input_ids[where] = labels[where] = made[:, None]
+    return starts, made
+
+
+class Sown(PackedTokens):
+    """Rows of which a share has needles; a row of a seed is always the same."""
+
+    def __init__(self, folder: str | Path, split: str, seed: int, pairs: int, share: float = 1.0):
+        super().__init__(folder, split, check=False)
+        self.seed, self.pairs, self.share = seed, pairs, share
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folder, self.split, self.seed, self.pairs, self.share)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row, rng = super().__getitem__(index), np.random.default_rng([self.seed, index % len(self)])
+        if rng.random() < self.share:
+            sow(row, rng, self.pairs, self.manifest["vocab_size"])
+        return row
+
+
+def model_of(point: Point, manifest: dict[str, Any]) -> DogeForCausalLM:
+    """A fresh model of the kind."""
+    sizes = {"vocab_size": manifest["vocab_size"], "max_position_embeddings": manifest["row_length"]}
+    sizes |= {"keep_window_size": point["w"], "local_window": point["w"] // 4 if point["kind"] == LOCAL else 0}
+    model = DogeForCausalLM(config_for(point["size"], **sizes))
+    for layer in model.model.layers if point["kind"] in (FULL, WINDOW) else ():
+        layer.self_attn.A.requires_grad_(False)
+    return model
+
+
+def whole_rows(data: PackedTokens) -> list[int]:
+    """Which rows are from one document, so that a position in the row is one in a text."""
+    found = [i for i in range(len(data)) if bool((data[i]["labels"][1:] != IGNORED).all())]
+    if not found:
+        raise ValueError(f"no {data.split} row of {data.folder} lies within one document, expected longer documents")
+    return found
+
+
+def batches(data: PackedTokens, rows: Sequence[int], device: torch.device) -> Iterator[torch.Tensor]:
+    """Token ids (B, T) of some rows."""
+    for start in range(0, len(rows), ROWS):
+        yield torch.stack([data[i]["input_ids"] for i in rows[start : start + ROWS]]).to(device)
+
+
+def loss_by_position(model: Any, rows: Iterator[torch.Tensor], edges: Sequence[int]) -> list[float]:
+    """Mean nats of the tokens at positions low to high − 1, for each two edges low and high that follow one another.
+
+    Args:
+        rows: token ids (B, T) of one text each.
+        edges: from 1 on, as the first token is not predicted.
+    """
+    sums, counts = [0.0] * (len(edges) - 1), [0] * (len(edges) - 1)
+    for ids in rows:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        for i, (low, high) in enumerate(pairwise(edges)):
+            states, wanted = hidden[:, low - 1 : high - 1].flatten(0, 1), ids[:, low:high].flatten()
+            sums[i] += linear_cross_entropy(states, model.lm_head.weight, wanted, 1.0).item()  # in chunks of its own
+            counts[i] += wanted.numel()
+    return [total / count for total, count in zip(sums, counts, strict=True)]
+
+
+def haystack(row: np.ndarray, length: int, rng: np.random.Generator, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A cut of a row, a needle at each depth and all questions at its end: ids (length,), where the questions start."""
+    offset = rng.integers(len(row) - length + 1)
+    ids, made = row[offset : offset + length].copy(), needles(rng, len(DEPTHS), vocab_size)
+    end = length - len(DEPTHS) * SIZE
+    starts = np.round((1 - np.array(DEPTHS)) * (end - SIZE)).astype(np.int64)
+    asked = end + SIZE * rng.permutation(len(DEPTHS))
+    for where in (starts, asked):
+        ids[where[:, None] + np.arange(SIZE)] = made
+    return ids, asked
+
+
+def recalled(model: Any, ids: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of haystacks (B, T) and starts of questions (B, N): whether the greedy value is right, and nats a token of it.
+
+    The second token is predicted behind the right first one, which is what greedy decoding has there if it was right.
+    """
+    at = (asked[:, :, None] + torch.arange(2, SIZE - 1, device=ids.device)).flatten(1)  # (B, 2 N)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    picked = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+    logits, wanted = model.lm_head(picked).float(), ids.gather(1, at + 1)
+    nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(*asked.shape, 2)
+    return (logits.argmax(-1) == wanted).view(*asked.shape, 2).all(-1), nats.mean(-1)
+
+
+def found_needles(model: Any, data: PackedTokens, rows: Sequence[int], length: int, tests: int) -> list[Row]:
+    """Accuracy and loss at each depth of one length; the same tests for every model."""
+    device, vocab_size = next(model.parameters()).device, data.manifest["vocab_size"]
+    rng = np.random.default_rng(length)
+    made = [haystack(data[rows[i % len(rows)]]["input_ids"].numpy(), length, rng, vocab_size) for i in range(tests)]
+    ids, asked = (torch.from_numpy(np.stack(x)) for x in zip(*made, strict=True))
+    size = ROWS * data.row_length // length
+    parts = zip(ids.split(size), asked.split(size), strict=True)
+    right, nats = zip(*(recalled(model, i.to(device), a.to(device)) for i, a in parts), strict=True)
+    figures = {"needle": torch.cat(right).float().mean(0), "needle_loss": torch.cat(nats).mean(0)}
+    return [
+        figure(name, round(value, 4), length=length, depth=depth)
+        for name, values in figures.items()
+        for depth, value in zip(DEPTHS, values.tolist(), strict=True)
+    ]
+
+
+def speed(model: Any, kind: str, length: int, tokens: int, repeats: int = 5) -> list[Row]:
+    """Of a forward pass without the head over so many tokens, and of one text read into the kind's cache."""
+    from common import seconds  # which is found since points was imported
+
+    device, config = next(model.parameters()).device, model.config
+    ids = torch.randint(config.vocab_size, (tokens // length, length), device=device)
+
+    def forward() -> None:
+        model.base_model(input_ids=ids, use_cache=False)
+
+    forward()
+    found = {"forward_ms": 1e3 * seconds(forward, repeats, device), "forward_tokens": ids.numel()}
+    cache = DynamicCache() if kind == FULL else DynamicMaskCache(config)
+    held = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    model.base_model(input_ids=ids[:1], use_cache=True, past_key_values=cache)
+    if device.type == "cuda":
+        found["peak_gib"] = (torch.cuda.max_memory_allocated() - held) / 2**30
+    plain = [x for layer in cache.layers for x in (layer.keys, layer.values)] if kind == FULL else []
+    found["cache_bytes"] = sum(x.nbytes for x in plain) if kind == FULL else cache.nbytes
+    return [figure(name, round(value, 4), length=length) for name, value in found.items()]
+
+
+def figure(measure: str, value: float, **where: float) -> Row:
+    """A row, all of the same columns."""
+    names = ("length", "position_from", "position_to", "depth")
+    return {"measure": measure} | {name: where.get(name, "") for name in names} | {"value": value}
+
+
+@torch.no_grad()
+def scores(model: Any, point: Point, validation: PackedTokens) -> list[Row]:
+    """What a trained model can do at every length."""
+    device, longest = next(model.parameters()).device, validation.row_length
+    rows = whole_rows(validation)
+    lengths = [n for n in (longest >> i for i in (4, 3, 2, 1, 0)) if n >= 4 * len(DEPTHS) * SIZE]
+    edges = [1, *(FIRST << i for i in range(longest.bit_length()) if FIRST << i < longest), longest]
+    model.eval()
+    # Layer by layer as written: compiling anew for every shape would take longer than all of this.
+    with torch.compiler.set_stance("force_eager"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses = loss_by_position(model, batches(validation, rows, device), edges)
+            found = [
+                figure("loss_by_position", round(loss, 4), length=longest, position_from=low, position_to=high)
+                for (low, high), loss in zip(pairwise(edges), losses, strict=True)
+            ]
+            for length in lengths:
+                found += found_needles(model, validation, rows, length, point["tests"])
+        model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        for length in lengths:
+            found += speed(model, point["kind"], length, ROWS * longest)
+    return found
+
+
+def measure(point: Point) -> list[Row]:
+    """Train one kind, and all its figures."""
+    data = Sown(point["data"], "train", point["seed"], point["pairs"], point["share"])
+    validation = PackedTokens(point["data"], "validation")
+    torch.manual_seed(point["seed"])
+    model = model_of(point, data.manifest).to(this_device())
+    settings = {name: point[name] for name in ("steps", "rows", "micro_batches", "learning_rate", "seed")}
+    figures = train(model, data, validation, **settings).figures
+    return [figure(name, value) for name, value in figures.items()] + scores(model, point, validation)
+
+
+def points_of(args: Any) -> list[Point]:
+    row_length = read_manifest(Path(args.data))["row_length"]
+    found = []
+    for seed in args.seeds:
+        for kind, _, w in (name.partition(":") for name in args.kinds.split(";")):
+            if kind not in NAMES or (kind == FULL) == bool(w):
+                raise SystemExit(
+                    f"kind {kind!r}, window {w!r}: expected {FULL} or one of {DMA}:W, {LOCAL}:W, {WINDOW}:W"
+                )
+            point = {"kind": kind, "w": int(w or row_length), "seed": seed}
+            found.append(point | {name: getattr(args, name) for name in SETTINGS})
+    return found
+
+
+def means(rows: list[Row], measure: str, x: Callable[[Row], float]) -> dict[float, float]:
+    """A measure of one kind by something, over seeds and whatever else differs."""
+    values: dict[float, list[float]] = {}
+    for row in rows:
+        if row["measure"] == measure:
+            values.setdefault(x(row), []).append(float(row["value"]))
+    return {at: statistics.fmean(values[at]) for at in sorted(values)}
+
+
+def by_kind(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
+    """Rows of each kind and window, of the settings that were measured last."""
+    same = [row for row in rows if all(row[name] == rows[-1][name] for name in SETTINGS)]
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in sorted(same, key=lambda row: (list(NAMES).index(row["kind"]), int(row["w"]))):
+        found.setdefault((row["kind"], int(row["w"])), []).append(row)
+    return found
+
+
+def name_of(kind: str, w: int) -> str:
+    return NAMES[kind] if kind == FULL else f"{NAMES[kind]} {w:,}"
+
+
+def report(rows: list[Row]) -> None:
+    """Speed, losses, cache and recall by depth at the longest length."""
+    print(f"{'':<22}tokens/s  held out    bits/B  at the end  cache MiB  recalled from depth {DEPTHS}")
+    for (kind, w), mine in by_kind(rows).items():
+        one = {name: means(mine, name, lambda _: 0)[0] for name in ("tokens_per_second", "eval_loss")}
+        bits = means(mine, "eval_bits_per_byte", lambda _: 0)[0]
+        late = [*means(mine, "loss_by_position", lambda row: float(row["position_from"])).values()][-1]
+        cache = means(mine, "cache_bytes", lambda row: float(row["length"]))
+        deep = means(
+            [row for row in mine if row["length"] == f"{max(cache):.0f}"], "needle", lambda row: float(row["depth"])
+        )
+        print(
+            f"{name_of(kind, w):<22}{one['tokens_per_second']:>8,.0f}  {one['eval_loss']:>8.4f}  {bits:>8.4f}  "
+            f"{late:>10.4f}  {cache[max(cache)] / 2**20:>9.2f}  {' '.join(f'{x:.2f}' for x in deep.values())}"
+        )
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Loss by position, recall by distance over all lengths, speed and cache by length; a line a kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ((losses, recall), (speeds, caches)) = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
+    kinds = by_kind(rows)
+    for (kind, w), mine in kinds.items():
+        nth = [key for key in kinds if key[0] == kind].index((kind, w))
+        style: Any = {"color": COLORS[kind], "linestyle": LINES[nth % len(LINES)], "label": name_of(kind, w)}
+        style |= {"marker": "o", "markersize": 3}
+
+        def length(row: Row) -> float:
+            return float(row["length"])
+
+        def middle(row: Row) -> float:
+            return math.sqrt(float(row["position_from"]) * float(row["position_to"]))
+
+        def distance(row: Row) -> float:
+            return max(SIZE, float(row["depth"]) * length(row))  # a needle right before its question is SIZE away
+
+        def plot(axes: Any, values: dict[float, float], style: Any = style) -> None:
+            axes.plot(list(values), list(values.values()), **style)
+
+        plot(losses, means(mine, "loss_by_position", middle))
+        plot(recall, means(mine, "needle", distance))
+        tokens, ms = means(mine, "forward_tokens", length), means(mine, "forward_ms", length)
+        plot(speeds, {n: tokens[n] / ms[n] / 1e3 for n in ms})
+        plot(caches, {n: x / 2**20 for n, x in means(mine, "cache_bytes", length).items()})
+    losses.set(xlabel="position in the text", ylabel="nats a token", title="Held-out loss")
+    recall.set(xlabel="tokens from the needle to its question", ylabel="share recalled", title="Needles, all lengths")
+    recall.set_ylim(-0.03, 1.03)
+    speeds.set(xlabel="tokens of a text", ylabel="million tokens/s", title="Forward pass, the same tokens in all")
+    speeds.set_ylim(0)
+    caches.set(xlabel="tokens of a text", ylabel="MiB", title="Cache of one text", yscale="log")
+    losses.legend(frameon=False, fontsize=8)
+    for axes in (losses, recall, speeds, caches):
+        axes.set_xscale("log", base=2)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#E4E4E4")
+    one = rows[-1]
+    figure.suptitle(f"Doge {one['size']}, {one['steps']} steps on the same rows, {one['device']}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    args = parser(__doc__, Path(__file__).with_suffix(".csv"))
+    args.add_argument("--data", default="runs/long/data", help="folder of `doge prepare`; its rows are the context")
+    args.add_argument("--kinds", default="full;dma:1024;window:1024;local:1024;dma:2048;window:2048;dma:512")
+    args.add_argument("--size", default="20m")
+    args.add_argument("--steps", type=int, default=190)
+    args.add_argument("--rows", type=int, default=2, help="rows of a micro-batch")
+    args.add_argument("--micro_batches", type=int, default=4)
+    args.add_argument("--learning_rate", type=float, default=8e-3, help="the published one of the 20m")
+    args.add_argument("--pairs", type=int, default=64, help="needles and questions of a training row")
+    args.add_argument("--share", type=float, default=1.0, help="of training rows that have any")
+    args.add_argument("--tests", type=int, default=128, help="haystacks of each length")
+    args.add_argument("--seeds", type=int, nargs="+", default=[233])
+    options = args.parse_args()
+    rows = run([] if options.draw else points_of(options), measure, options)
+    report(rows)
+    draw(rows, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

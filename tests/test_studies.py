@@ -1,0 +1,134 @@
+"""The studies: points are measured once, pages say what the CSVs say, and figures are drawn from them without a GPU."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from small_doge.models import config_for
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS, PAGES = ROOT / "experiments", ROOT / "docs" / "studies"
+sys.path[:0] = [str(EXPERIMENTS), str(ROOT / "benchmarks")]
+import against_llama  # noqa: E402
+import experts_quality  # noqa: E402
+import long_context  # noqa: E402
+import points  # noqa: E402
+import recall_study  # noqa: E402
+import schedule  # noqa: E402
+
+STUDIES = (against_llama, experts_quality, long_context, recall_study, schedule)
+
+
+def measure(point):
+    if point["x"] == 2:
+        raise RuntimeError("two cannot be measured")
+    return [{"y": point["x"] ** 2}, {"y": point["x"] ** 3}]
+
+
+def test_points_that_are_there_are_not_measured_again_and_failures_are_left_out(tmp_path, capsys):
+    args = SimpleNamespace(output=tmp_path / "study.csv", workers=1, minutes=None)
+    rows = points.run([{"x": 2, "z": "a"}, {"x": 3, "z": "a"}], measure, args)
+    assert [(row["x"], row["y"]) for row in rows] == [("3", "9"), ("3", "27")]
+    assert "{'x': 2, 'z': 'a'} failed" in capsys.readouterr().out
+    rows = points.run([{"x": 3, "z": "a"}, {"x": 4, "z": "a"}], measure, args)
+    assert [row["y"] for row in rows] == ["9", "27", "16", "64"]
+    assert "2 points, 1 of them in" in capsys.readouterr().out
+    assert points.run([{"x": 3, "z": "b"}], measure, args)[-1]["z"] == "b"
+
+
+def test_no_point_begins_that_would_end_too_late(tmp_path):
+    args = SimpleNamespace(output=tmp_path / "study.csv", workers=1, minutes=-1)
+    assert points.run([{"x": 3}], measure, args) == []
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=[study.__name__ for study in STUDIES])
+def test_figures_are_drawn_from_the_csv(study, tmp_path, monkeypatch, capsys):
+    there = EXPERIMENTS / f"{study.__name__}.csv"
+    shutil.copyfile(there, tmp_path / there.name)
+    monkeypatch.setattr(sys, "argv", [study.__name__, "--draw", "--output", str(tmp_path / there.name)])
+    monkeypatch.setattr(study, "measured" if study is recall_study else "measure", None)
+    study.main()
+    assert (tmp_path / there.with_suffix(".png").name).stat().st_size > 10_000
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def cells(page, *first):
+    """The rows of a page's tables whose first cell begins with one of some words, as lists of numbers."""
+    lines = [line.replace("**", "") for line in (PAGES / page).read_text("utf-8").splitlines() if line.startswith("|")]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [[float(cell.rstrip("M")) for cell in row[1:]] for word in first for row in found if row[0].startswith(word)]
+
+
+def test_the_page_on_recall_has_the_figures_of_the_csv():
+    rows = points.read_csv(EXPERIMENTS / "recall_study.csv")
+    said = cells("recall.md", "full", "the 512 keys", "DMA", "sliding", "Mamba-2", "Based")
+    mixers = ("full", "query_topk", "dma", "sliding", "ssd", "based")
+    for mixer, numbers in zip(mixers, said, strict=True):
+        window = recall_study.window_of(mixer, 512, [2048])
+        measured = [recall_study.best(rows, mixer, width, window, 2048)[0] for width in (32, 64, 128, 256)]
+        assert numbers == pytest.approx(measured, abs=0.0051), mixer
+
+
+def test_the_pages_on_llama_and_experts_have_the_figures_of_the_csvs():
+    ends = against_llama.ends(points.read_csv(EXPERIMENTS / "against_llama.csv"))
+    rates = (4e-3, 8e-3, 1.6e-2)
+    for rate, numbers in zip(rates, cells("against_llama.md", "4e-3", "8e-3", "1.6e-2"), strict=True):
+        measured = [sum(ends["20m", kind, rate]) / len(ends["20m", kind, rate]) for kind in ("doge", "llama")]
+        assert numbers == pytest.approx(measured, abs=5.1e-4)
+    last = experts_quality.last(points.read_csv(EXPERIMENTS / "experts_quality.csv"))
+    said = cells("experts.md", "dense 20m", "top-k mixture", "CDMoE:")
+    for kind, (total, active, loss) in zip(("dense", "top-k MoE", "CDMoE"), said, strict=True):
+        (row,) = last[kind, 8e-3]
+        assert total == pytest.approx(int(row["parameters"]) / 1e6, abs=0.06)
+        assert active == pytest.approx(int(row["active_parameters"]) / 1e6, abs=0.06)
+        assert loss == pytest.approx(float(row["eval_loss"]), abs=6e-4)
+
+
+def test_the_top_k_mixture_is_the_sum_of_the_chosen_experts():
+    config = config_for("tiny", is_moe=True, num_experts=16, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    layer, x = experts_quality.TopK(config).double(), torch.randn(2, 5, config.hidden_size, dtype=torch.float64)
+    out, logits, loss = layer(x, balanced=True)
+    width, chosen = layer.width, np.zeros(experts_quality.EXPERTS)
+    for token, mine, scores in zip(x.flatten(0, 1), out.flatten(0, 1), logits, strict=True):
+        p, expected = scores.softmax(-1), 0
+        best = p.topk(experts_quality.CHOSEN).indices.tolist()
+        for e in best:
+            part = slice(e * width, (e + 1) * width)
+            hidden = F.silu(layer.gate_proj.weight[part] @ token) * (layer.up_proj.weight[part] @ token)
+            expected = expected + p[e] / p[best].sum() * (layer.down_proj.weight[:, part] @ hidden)
+            chosen[e] += 1
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)  # the router's softmax is in float32
+    share = torch.from_numpy(chosen / chosen.sum())
+    torch.testing.assert_close(
+        loss.double(), experts_quality.EXPERTS * (share * logits.softmax(-1).mean(0)).sum(), rtol=1e-5, atol=0
+    )
+
+
+def test_rows_of_a_new_text_come_after_those_of_the_old_one():
+    old, new = [{"text": i} for i in range(5)], [{"text": 100 + i} for i in range(3)]
+    rows = [row["text"] for row in schedule.Then([(old, 10), (new, 3)], seed=1)]
+    assert sorted(rows[:5]) == sorted(rows[5:10]) == [0, 1, 2, 3, 4]  # two epochs in one order
+    assert sorted(rows[10:]) == [100, 101, 102]
+
+
+def test_a_jump_is_told_from_a_slope():
+    falling = [{"step": str(i), "loss": str(5 - 0.01 * i + 0.01 * (i % 2))} for i in range(1, 101)]
+    spiked = [row | {"loss": "5.5"} if row["step"] == "60" else row for row in falling]
+    assert schedule.jump(falling, 30)[0] < 0
+    assert schedule.jump(spiked, 30)[0] > 10
+
+
+def test_every_page_says_first_whether_the_claim_held_and_what_was_not_tested():
+    for page in sorted(PAGES.glob("*.md")):
+        if page.stem != "index":
+            first = page.read_text("utf-8").split("\n\n")[1]
+            assert re.search(r"\bheld\b", first), page
+            assert "Not tested" in first, page
