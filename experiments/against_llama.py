@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from points import BLUE, GREEN, ORANGE, RED, SKY, Point, Row, build, parser, run
+from points import BLUE, GREEN, ORANGE, RED, SKY, Point, Row, build, parser, save, study
 from runs import WARMUP, train
 
 from small_doge.data.packing import PackedTokens
@@ -135,13 +135,9 @@ def draw(rows: list[Row], path: Path) -> None:
     parts.set_yticks(range(len(shown)), shown)
     parts.invert_yaxis()
     parts.set(xlabel="held-out bits per byte, a dot a seed", title=f"parts left out, rate {published:g}")
-    for axes in (curves, rates, parts):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#E4E4E4")
     curves.legend(frameon=False)
     rates.legend(frameon=False)
-    figure.suptitle(f"Same rows in the same order, {rows[0]['device']}", fontsize=10)
-    figure.savefig(path, dpi=130)
+    save(figure, path, f"Same rows in the same order, {rows[0]['device']}")
     plt.close(figure)
 
 
@@ -156,9 +152,7 @@ def main() -> None:
     args.add_argument("--micro_batches", type=int, default=1)
     args.add_argument("--seeds", type=int, nargs="+", default=[233, 1, 2])
     options = args.parse_args()
-    rows = run([] if options.draw else points_of(options), measure, options)
-    report(rows)
-    draw(rows, options.output.with_suffix(".png"))
+    study(options, points_of, measure, report, draw)
 
 
 if __name__ == "__main__":

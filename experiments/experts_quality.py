@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from points import BLUE, GREY, ORANGE, SKY, Point, Row, parser, run
+from points import BLUE, GREY, ORANGE, SKY, Point, Row, parser, save, study
 from runs import WARMUP, train
 
 from small_doge.data.packing import PackedTokens, collate
@@ -197,11 +197,7 @@ def draw(rows: list[Row], path: Path) -> None:
     ends.set_yticks(range(len(kinds)), kinds)
     ends.invert_yaxis()
     ends.set(xlabel="held-out loss, nats a token, a dot a seed", title="at the end")
-    for axes in (curves, ends):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#E4E4E4")
-    figure.suptitle(f"Experts at equal active parameters, 20m, {rows[0]['device']}", fontsize=10)
-    figure.savefig(path, dpi=130)
+    save(figure, path, f"Experts at equal active parameters, 20m, {rows[0]['device']}")
     plt.close(figure)
 
 
@@ -216,9 +212,7 @@ def main() -> None:
     args.add_argument("--learning_rates", type=float, nargs="+", default=[8e-3])
     args.add_argument("--seeds", type=int, nargs="+", default=[233, 1])
     options = args.parse_args()
-    rows = run([] if options.draw else points_of(options), measure, options)
-    report(rows)
-    draw(rows, options.output.with_suffix(".png"))
+    study(options, points_of, measure, report, draw)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from points import BLUE, GREEN, GREY, ORANGE, Point, Row, parser, run, this_device
+from points import BLUE, GREEN, GREY, ORANGE, Point, Row, parser, save, study, this_device
 from runs import IGNORED, train
 from transformers import DynamicCache
 
@@ -350,11 +350,8 @@ def draw(rows: list[Row], path: Path) -> None:
     losses.legend(frameon=False, fontsize=8)
     for axes in (losses, recall, speeds, caches):
         axes.set_xscale("log", base=2)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#E4E4E4")
     one = rows[-1]
-    figure.suptitle(f"Doge {one['size']}, {one['steps']} steps on the same rows, {one['device']}", fontsize=10)
-    figure.savefig(path, dpi=130)
+    save(figure, path, f"Doge {one['size']}, {one['steps']} steps on the same rows, {one['device']}")
     plt.close(figure)
 
 
@@ -372,9 +369,7 @@ def main() -> None:
     args.add_argument("--tests", type=int, default=128, help="haystacks of each length")
     args.add_argument("--seeds", type=int, nargs="+", default=[233])
     options = args.parse_args()
-    rows = run([] if options.draw else points_of(options), measure, options)
-    report(rows)
-    draw(rows, options.output.with_suffix(".png"))
+    study(options, points_of, measure, report, draw)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,30 @@ def run(points: Sequence[Point], measure: Callable[[Point], list[Row]], args: An
     return read_csv(args.output) if rows else []
 
 
+def study(
+    args: Any,
+    points_of: Callable[[Any], Sequence[Point]],
+    measure: Callable[[Point], list[Row]],
+    report: Callable[[list[Row]], None],
+    draw: Callable[[list[Row], Path], None],
+) -> None:
+    """Measure unless only the drawing is asked for, then print the table and draw the picture beside the CSV."""
+    rows = run([] if args.draw else points_of(args), measure, args)
+    if not rows:
+        raise SystemExit(f"{args.output} has no rows to draw")
+    report(rows)
+    draw(rows, args.output.with_suffix(".png"))
+
+
+def save(figure: Any, path: Path, title: str) -> None:
+    """Write a picture, its axes in the one style of all studies."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#E4E4E4")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
 def _all(
     left: Sequence[Point], measure: Callable[[Point], list[Row]], workers: int, deadline: float | None
 ) -> Iterator[tuple[Point, list[Row] | None]]:

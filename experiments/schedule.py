@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from points import BLUE, GREEN, ORANGE, Point, Row, parser, run
+from points import BLUE, GREEN, ORANGE, Point, Row, parser, save, study
 from runs import WARMUP, held_out, train
 
 from small_doge.data.packing import PackedTokens
@@ -170,11 +170,8 @@ def draw(rows: list[Row], path: Path) -> None:
     curves.axvline(0, color="#999999", linewidth=0.8)
     curves.set(xlabel="steps on the new text", ylabel="training loss, nats a token", title="going on with new text")
     for axes in (ends, curves):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#E4E4E4")
         axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{rows[0]['size']}, {rows[0]['device']}", fontsize=10)
-    figure.savefig(path, dpi=130)
+    save(figure, path, f"{rows[0]['size']}, {rows[0]['device']}")
     plt.close(figure)
 
 
@@ -190,9 +187,7 @@ def main() -> None:
     args.add_argument("--learning_rate", type=float, default=8e-3)
     args.add_argument("--seeds", type=int, nargs="+", default=[233, 1])
     options = args.parse_args()
-    rows = run([] if options.draw else points_of(options), measure, options)
-    report(rows)
-    draw(rows, options.output.with_suffix(".png"))
+    study(options, points_of, measure, report, draw)
 
 
 if __name__ == "__main__":
