@@ -5,7 +5,7 @@
 
 All kinds are the same Doge on the same rows in the same order. ``full`` has A frozen at 0 and a window as long as the
 row: causal attention with q and k norm. ``window`` has A frozen at 0, so that all keys tie: a sliding window of w.
-``local`` is DMA whose last w/4 keys stay visible whatever their score.
+``dma:W:L`` is DMA whose last L keys stay visible whatever their score.
 
 A small model does not know from books what it is asked, so training rows are sown with needles: five tokens in place of
 five of the text, a marker, a key of two and a value of two, and the same five again further on, where the value can be
@@ -39,9 +39,10 @@ from small_doge.data.packing import PackedTokens
 from small_doge.models import DogeForCausalLM, DynamicMaskCache, config_for
 from small_doge.ops.linear_cross_entropy import linear_cross_entropy
 
-DMA, LOCAL, FULL, WINDOW = "dma", "local", "full", "window"
-NAMES = {DMA: "DMA", LOCAL: "DMA, last quarter kept", FULL: "full attention", WINDOW: "sliding window"}
-COLORS = {DMA: BLUE, LOCAL: GREEN, FULL: GREY, WINDOW: ORANGE}
+DMA, FULL, WINDOW = "dma", "full", "window"
+NAMES = {DMA: "DMA", FULL: "full attention", WINDOW: "sliding window"}
+COLORS = {DMA: BLUE, FULL: GREY, WINDOW: ORANGE}
+KEPT = GREEN  # DMA whose last keys stay
 LINES = ("-", "--", ":", "-.")
 SETTINGS = ("size", "steps", "rows", "micro_batches", "learning_rate", "pairs", "share", "tests", "data")
 
@@ -111,9 +112,9 @@ class Sown(PackedTokens):
 def model_of(point: Point, manifest: dict[str, Any]) -> DogeForCausalLM:
     """A fresh model of the kind."""
     sizes = {"vocab_size": manifest["vocab_size"], "max_position_embeddings": manifest["row_length"]}
-    sizes |= {"keep_window_size": point["w"], "local_window": point["w"] // 4 if point["kind"] == LOCAL else 0}
+    sizes |= {"keep_window_size": point["w"], "local_window": point["local"]}
     model = DogeForCausalLM(config_for(point["size"], **sizes))
-    for layer in model.model.layers if point["kind"] in (FULL, WINDOW) else ():
+    for layer in model.model.layers if point["kind"] != DMA else ():
         layer.self_attn.A.requires_grad_(False)
     return model
 
@@ -261,12 +262,12 @@ def points_of(args: Any) -> list[Point]:
     row_length = read_manifest(Path(args.data))["row_length"]
     found = []
     for seed in args.seeds:
-        for kind, _, w in (name.partition(":") for name in args.kinds.split(";")):
-            if kind not in NAMES or (kind == FULL) == bool(w):
-                raise SystemExit(
-                    f"kind {kind!r}, window {w!r}: expected {FULL} or one of {DMA}:W, {LOCAL}:W, {WINDOW}:W"
-                )
-            point = {"kind": kind, "w": int(w or row_length), "seed": seed}
+        for name in args.kinds.split(";"):
+            kind, *windows = name.split(":")
+            if kind not in NAMES or len(windows) not in {FULL: (0,), WINDOW: (1,), DMA: (1, 2)}[kind]:
+                raise SystemExit(f"kind {name!r}, expected {FULL}, {WINDOW}:W, {DMA}:W or {DMA}:W:LOCAL")
+            w, local = [*map(int, windows), *(row_length, 0)[len(windows) :]]
+            point = {"kind": kind, "w": w, "local": local, "seed": seed}
             found.append(point | {name: getattr(args, name) for name in SETTINGS})
     return found
 
@@ -280,23 +281,23 @@ def means(rows: list[Row], measure: str, x: Callable[[Row], float]) -> dict[floa
     return {at: statistics.fmean(values[at]) for at in sorted(values)}
 
 
-def by_kind(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
+def by_kind(rows: list[Row]) -> dict[tuple[str, int, int], list[Row]]:
     """Rows of each kind and window, of the settings that were measured last."""
     same = [row for row in rows if all(row[name] == rows[-1][name] for name in SETTINGS)]
-    found: dict[tuple[str, int], list[Row]] = {}
-    for row in sorted(same, key=lambda row: (list(NAMES).index(row["kind"]), int(row["w"]))):
-        found.setdefault((row["kind"], int(row["w"])), []).append(row)
-    return found
+    found: dict[tuple[str, int, int], list[Row]] = {}
+    for row in same:
+        found.setdefault((row["kind"], int(row["w"]), int(row["local"])), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1:])))
 
 
-def name_of(kind: str, w: int) -> str:
-    return NAMES[kind] if kind == FULL else f"{NAMES[kind]} {w:,}"
+def name_of(kind: str, w: int, local: int) -> str:
+    return NAMES[kind] if kind == FULL else f"{NAMES[kind]} {w:,}" + (f", last {local:,} kept" if local else "")
 
 
 def report(rows: list[Row]) -> None:
     """Speed, losses, cache and recall by depth at the longest length."""
-    print(f"{'':<22}tokens/s  held out    bits/B  at the end  cache MiB  recalled from depth {DEPTHS}")
-    for (kind, w), mine in by_kind(rows).items():
+    print(f"{'':<32}tokens/s  held out    bits/B  at the end  cache MiB  recalled from depth {DEPTHS}")
+    for key, mine in by_kind(rows).items():
         one = {name: means(mine, name, lambda _: 0)[0] for name in ("tokens_per_second", "eval_loss")}
         bits = means(mine, "eval_bits_per_byte", lambda _: 0)[0]
         late = [*means(mine, "loss_by_position", lambda row: float(row["position_from"])).values()][-1]
@@ -305,7 +306,7 @@ def report(rows: list[Row]) -> None:
             [row for row in mine if row["length"] == f"{max(cache):.0f}"], "needle", lambda row: float(row["depth"])
         )
         print(
-            f"{name_of(kind, w):<22}{one['tokens_per_second']:>8,.0f}  {one['eval_loss']:>8.4f}  {bits:>8.4f}  "
+            f"{name_of(*key):<32}{one['tokens_per_second']:>8,.0f}  {one['eval_loss']:>8.4f}  {bits:>8.4f}  "
             f"{late:>10.4f}  {cache[max(cache)] / 2**20:>9.2f}  {' '.join(f'{x:.2f}' for x in deep.values())}"
         )
 
@@ -319,9 +320,10 @@ def draw(rows: list[Row], path: Path) -> None:
 
     figure, ((losses, recall), (speeds, caches)) = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
     kinds = by_kind(rows)
-    for (kind, w), mine in kinds.items():
-        nth = [key for key in kinds if key[0] == kind].index((kind, w))
-        style: Any = {"color": COLORS[kind], "linestyle": LINES[nth % len(LINES)], "label": name_of(kind, w)}
+    for key, mine in kinds.items():
+        color = KEPT if key[2] else COLORS[key[0]]
+        alike = [one for one in kinds if (one[0], one[2] > 0) == (key[0], key[2] > 0)]
+        style: Any = {"color": color, "linestyle": LINES[alike.index(key) % len(LINES)], "label": name_of(*key)}
         style |= {"marker": "o", "markersize": 3}
 
         def length(row: Row) -> float:
@@ -358,13 +360,13 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     args = parser(__doc__, Path(__file__).with_suffix(".csv"))
     args.add_argument("--data", default="runs/long/data", help="folder of `doge prepare`; its rows are the context")
-    args.add_argument("--kinds", default="full;dma:1024;window:1024;local:1024;dma:2048;window:2048;dma:512")
+    args.add_argument("--kinds", default="full;dma:1024;window:1024;dma:1024:512;dma:2048;window:2048;dma:512")
     args.add_argument("--size", default="20m")
-    args.add_argument("--steps", type=int, default=190)
+    args.add_argument("--steps", type=int, default=760)
     args.add_argument("--rows", type=int, default=2, help="rows of a micro-batch")
-    args.add_argument("--micro_batches", type=int, default=4)
-    args.add_argument("--learning_rate", type=float, default=8e-3, help="the published one of the 20m")
-    args.add_argument("--pairs", type=int, default=64, help="needles and questions of a training row")
+    args.add_argument("--micro_batches", type=int, default=1)
+    args.add_argument("--learning_rate", type=float, default=4e-3)
+    args.add_argument("--pairs", type=int, default=256, help="needles and questions of a training row")
     args.add_argument("--share", type=float, default=1.0, help="of training rows that have any")
     args.add_argument("--tests", type=int, default=128, help="haystacks of each length")
     args.add_argument("--seeds", type=int, nargs="+", default=[233])

@@ -51,7 +51,7 @@ class Then:
 
 
 def measure(point: Point) -> list[Row]:
-    """The loss of every step, and the held-out losses in the last row, on the new text too where there was some."""
+    """The losses of the later steps; the last row has the held-out losses, of the new text too where there was some."""
     kind, steps, seed = point["kind"], point["steps"], point["seed"]
     old, old_validation = (PackedTokens(point["data"], split, check=False) for split in ("train", "validation"))
     new, new_validation = (PackedTokens(point["new"], split, check=False) for split in ("train", "validation"))
@@ -83,9 +83,10 @@ def measure(point: Point) -> list[Row]:
             rows += [row | {"step": row["step"] + steps} for row in found.log]
     rows = [{name: row[name] for name in ("step", "loss", "eval_loss") if name in row} for row in rows]
     rows[-1]["eval_loss"] = round(held_out(model, old_validation), 4)
-    if kind not in (WSD, COSINE):
-        rows[-1]["new_eval_loss"] = round(held_out(model, new_validation), 4)
-    return rows
+    if kind in (WSD, COSINE):
+        return rows[-1:]
+    rows[-1]["new_eval_loss"] = round(held_out(model, new_validation), 4)
+    return rows[steps // 2 :]  # what comes long before the new text is in no figure
 
 
 def points_of(args: Any) -> list[Point]:

@@ -91,6 +91,14 @@ def test_the_pages_on_llama_and_experts_have_the_figures_of_the_csvs():
         assert loss == pytest.approx(float(row["eval_loss"]), abs=6e-4)
 
 
+def test_the_page_on_the_schedule_has_the_figures_of_the_csv():
+    rows = points.read_csv(EXPERIMENTS / "schedule.csv")
+    said = cells("schedule.md", "warmup, stable", "cosine")
+    for kind, numbers in zip((schedule.WSD, schedule.COSINE), said, strict=True):
+        measured = [float(schedule.one(rows, kind, steps, "233")[-1]["eval_loss"]) for steps in (100, 200, 400)]
+        assert numbers == pytest.approx(measured, abs=6e-4), kind
+
+
 def test_the_top_k_mixture_is_the_sum_of_the_chosen_experts():
     config = config_for("tiny", is_moe=True, num_experts=16, num_experts_per_tok=2)
     torch.manual_seed(0)
