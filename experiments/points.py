@@ -134,7 +134,7 @@ def _measured(measure: Callable[[Point], list[Row]], point: Point, deadline: flo
     begun = time.perf_counter()
     try:
         found = measure(point)
-    except Exception:
+    except Exception:  # whatever it is, the other points still run, and the trace says why
         print(f"{point} failed", flush=True)
         traceback.print_exc()
         return None

@@ -15,7 +15,7 @@ Points are told apart by mixer, width, window, rate and seed alone: other steps,
 Filler of random tokens looks like pairs to a score of the first layer, which knows the token alone; padding does not.
 
 A trial for a CPU: --steps 5 --dimensions 64 --lengths 32 64 --window 16 --windows --learning_rates 1e-2
---tokens_per_step 256 --test_rows 4 --output /tmp/trial.csv
+--tokens_per_step 256 --test_rows 4 --output trial.csv
 """
 
 from __future__ import annotations
