@@ -32,7 +32,7 @@ BEFORE = 20  # logged losses that a running mean is over
 
 
 class Then:
-    """Rows of one text in a random order, then rows of another, for a sampler that takes them as they come."""
+    """Rows of one text in a random order, then rows of another; an order is that of the seed and the place of a text."""
 
     def __init__(self, parts: list[tuple[PackedTokens, int]], seed: int):
         orders = [np.random.default_rng([seed, i]).permutation(len(data)) for i, (data, _) in enumerate(parts)]
@@ -79,7 +79,7 @@ def measure(point: Point) -> list[Row]:
         if kind in (DECAYED, ANNEALED):
             rows[-1]["eval_loss"] = round(found.eval_loss, 4)
             again = settings | {"decay_steps": more // 5, "warmup_steps": REWARMUP}
-            found = train(model, Then(later, seed), new_validation, steps=more, **again)
+            found = train(model, Then([(old, 0), *later], seed), new_validation, steps=more, **again)
             rows += [row | {"step": row["step"] + steps} for row in found.log]
     rows = [{name: row[name] for name in ("step", "loss", "eval_loss") if name in row} for row in rows]
     rows[-1]["eval_loss"] = round(held_out(model, old_validation), 4)
