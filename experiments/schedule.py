@@ -32,7 +32,7 @@ BEFORE = 20  # logged losses that a running mean is over
 
 
 class Then:
-    """Rows of one text in a random order, then rows of another; an order is that of the seed and the place of a text."""
+    """Rows of one text in a random order, then rows of another; an order follows from the seed and the text's place."""
 
     def __init__(self, parts: list[tuple[PackedTokens, int]], seed: int):
         orders = [np.random.default_rng([seed, i]).permutation(len(data)) for i, (data, _) in enumerate(parts)]
