@@ -75,6 +75,7 @@ PUBLISHED = {  # milliseconds at 1,024 experts
     "SEIMoE": {0.25: 595, 0.5: 921, 0.75: 1219, 1.0: 1497},
     "PKM": {0.25: 110, 0.5: 191, 0.75: 295, 1.0: 442},
 }
+SLOW = 10  # seconds after which the first passes, which compile and find memory, are told of
 FLUSH = 2**28  # bytes, larger than the L2 cache of any GPU
 
 
@@ -145,8 +146,12 @@ def measure(N: int, ratio: float, args: argparse.Namespace, device: torch.device
                 before = torch.cuda.memory_allocated() if gpu else 0
                 for _ in range(2 if gpu else 1):
                     torch.cuda.reset_peak_memory_stats() if gpu else None
+                    begun = time.perf_counter()
                     taken = timed(step)
                     synchronize(device)
+                    waited = time.perf_counter() - begun
+                    if waited > SLOW:
+                        print(f"  {name}, {what}: {waited:.0f} s for one pass of {taken():.0f} ms", flush=True)
                 estimate += 1e-3 * taken()
                 steps[name, what] = step
                 if gpu:

@@ -25,7 +25,7 @@ from small_doge.models import config_for
 DOGE, LLAMA = "doge", "llama"
 COLORS = {DOGE: BLUE, LLAMA: ORANGE}
 WITHOUT = {"no bias": SKY, "no residual weights": GREEN, "no q/k norm": RED, "window 512": "#CC79A7"}
-RATES = {"20m": (8e-3, 4e-3, 2e-3, 1e-3), "60m": (6e-3, 3e-3, 1.5e-3)}  # the published one, and lower ones
+RATES = {"20m": (8e-3, 4e-3, 2e-3, 1e-3, 5e-4), "60m": (6e-3, 3e-3, 1.5e-3)}  # the published one, and lower ones
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's distribution, by the number of seeds
 
 
@@ -61,13 +61,12 @@ def measure(point: Point) -> list[Row]:
 
 
 def points_of(args: Any) -> list[Point]:
-    """The rates first, then the seeds at the published rate, then what is left out, then the other rates' seeds."""
-    published = RATES[args.size][0]
-    rates = [(kind, rate, args.seeds[0]) for rate in RATES[args.size] for kind in (DOGE, LLAMA)]
-    seeds = [(kind, published, seed) for seed in args.seeds[1:] for kind in (DOGE, LLAMA)]
-    parts = [(kind, published, seed) for seed in args.seeds for kind in WITHOUT]
-    rest = [(kind, rate, seed) for seed in args.seeds[1:] for rate in RATES[args.size] for kind in (DOGE, LLAMA)]
-    chosen = dict.fromkeys(rates + seeds + parts + rest)
+    """The rates, then what is left out, of one seed after the other."""
+    found = []
+    for seed in args.seeds:
+        found += [(kind, rate, seed) for rate in args.learning_rates or RATES[args.size] for kind in (DOGE, LLAMA)]
+        found += [(kind, args.parts_rate, seed) for kind in WITHOUT]
+    chosen = dict.fromkeys(found)
     settings = {name: getattr(args, name) for name in ("steps", "warmup", "rows", "micro_batches", "data")}
     return [
         {"kind": kind, "size": args.size, "learning_rate": rate, "seed": seed} | settings
@@ -146,6 +145,8 @@ def main() -> None:
     args.add_argument("--data", default="runs/doge-20m/data", help="folder of `doge prepare`")
     args.add_argument("--size", default="20m", choices=RATES)
     args.add_argument("--kinds", default=";".join((DOGE, LLAMA, *WITHOUT)))
+    args.add_argument("--learning_rates", type=float, nargs="+", help="of Doge and Llama; by default those of RATES")
+    args.add_argument("--parts_rate", type=float, default=1e-3, help="where parts are left out")
     args.add_argument("--steps", type=int, default=480)
     args.add_argument("--warmup", type=int, default=WARMUP, help="steps")
     args.add_argument("--rows", type=int, default=64, help="rows of a micro-batch")

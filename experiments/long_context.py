@@ -5,7 +5,8 @@
 
 All kinds are the same Doge on the same rows in the same order. ``full`` has A frozen at 0 and a window as long as the
 row: causal attention with q and k norm. ``window`` has A frozen at 0, so that all keys tie: a sliding window of w.
-``dma:W:L`` is DMA whose last L keys stay visible whatever their score.
+``dma:W:L:H`` is DMA whose last L keys stay visible whatever their score, and whose scores age: one that is higher by 1
+makes up for H tokens (0: for any number, as published).
 
 A small model does not know from books what it is asked, so training rows are sown with needles: five tokens in place of
 five of the text, a marker, a key of two and a value of two, and the same five again further on, where the value can be
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from points import BLUE, GREEN, GREY, ORANGE, Point, Row, parser, save, study, this_device
+from points import BLUE, GREEN, GREY, ORANGE, RED, Point, Row, parser, save, study, this_device
 from runs import IGNORED, train
 from transformers import DynamicCache
 
@@ -42,14 +43,15 @@ from small_doge.ops.linear_cross_entropy import linear_cross_entropy
 DMA, FULL, WINDOW = "dma", "full", "window"
 NAMES = {DMA: "DMA", FULL: "full attention", WINDOW: "sliding window"}
 COLORS = {DMA: BLUE, FULL: GREY, WINDOW: ORANGE}
-KEPT = GREEN  # DMA whose last keys stay
+KEPT, AGED = GREEN, RED  # DMA whose last keys stay, or whose scores age
 LINES = ("-", "--", ":", "-.")
-SETTINGS = ("size", "steps", "rows", "micro_batches", "learning_rate", "pairs", "share", "tests", "data")
+SETTINGS = ("size", "steps", "short_steps", "short", "rows", "micro_batches", "learning_rate", "pairs", "tests", "data")
 
 SIZE = 5  # of a needle: marker, two of the key, two of the value
 SLOT = 2 * SIZE  # a needle of a training row stands anywhere within one of these, so that distances take all values
 POOL = 512  # tokens that keys are made of, and as many for values
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # from the question back to the needle, in parts of the length
+SHORT_DENSITY = 32  # tokens of a short text for each needle with its question, ten of them
 ROWS = 8  # of a batch as long as training rows
 FIRST = 64  # where the first bucket of losses ends; each after it ends at twice the position
 
@@ -92,27 +94,48 @@ def sow(
     return starts, made
 
 
-class Sown(PackedTokens):
-    """Rows of which a share has needles; a row of a seed is always the same."""
+class Sown:
+    """Rows with needles, the first of them cut into short texts of which each has its own; a row is always the same.
 
-    def __init__(self, folder: str | Path, split: str, seed: int, pairs: int, share: float = 1.0):
-        super().__init__(folder, split, check=False)
-        self.seed, self.pairs, self.share = seed, pairs, share
+    Without the short ones nobody learnt what a needle is in so few steps, full attention included.
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folder, self.split, self.seed, self.pairs, self.share)
+    Args:
+        data: rows of T tokens.
+        count: how many, in a random order that follows from the seed.
+        pairs: needles and questions of a whole row.
+        short: tokens of a short text, T / short of them in a row.
+        short_count: rows that are cut.
+    """
+
+    def __init__(self, data: PackedTokens, seed: int, count: int, pairs: int, short: int, short_count: int):
+        if data.row_length % short:
+            raise ValueError(f"rows of {data.row_length:,} are cut into texts of {short:,}, expected a divisor")
+        orders = [np.random.default_rng([seed, i]).permutation(len(data)) for i in range(-(-count // len(data)))]
+        self.data, self.seed, self.order = data, seed, np.concatenate(orders)[:count]
+        self.pairs, self.short, self.short_count = pairs, short, short_count
+
+    def __len__(self) -> int:
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row, rng = super().__getitem__(index), np.random.default_rng([self.seed, index % len(self)])
-        if rng.random() < self.share:
-            sow(row, rng, self.pairs, self.manifest["vocab_size"])
-        return row
+        """(1, T), or (T / short, short)."""
+        row, rng = self.data[int(self.order[index])], np.random.default_rng([self.seed, index])
+        cut = index < self.short_count
+        length, pairs = (self.short, self.short // SHORT_DENSITY) if cut else (self.data.row_length, self.pairs)
+        texts = {name: x.view(-1, length).clone() for name, x in row.items()}
+        positions = texts["position_ids"]
+        begun = (positions == torch.arange(length) + positions[:, :1]).cumprod(-1).bool()
+        texts["position_ids"] = torch.where(begun, torch.arange(length), positions)  # what is cut off begins anew
+        for i in range(len(positions)):
+            sow({name: x[i] for name, x in texts.items()}, rng, pairs, self.data.manifest["vocab_size"])
+        return texts
 
 
 def model_of(point: Point, manifest: dict[str, Any]) -> DogeForCausalLM:
     """A fresh model of the kind."""
     sizes = {"vocab_size": manifest["vocab_size"], "max_position_embeddings": manifest["row_length"]}
     sizes |= {"keep_window_size": point["w"], "local_window": point["local"]}
+    sizes |= {"score_lifetime": point["lifetime"] or None}
     model = DogeForCausalLM(config_for(point["size"], **sizes))
     for layer in model.model.layers if point["kind"] != DMA else ():
         layer.self_attn.A.requires_grad_(False)
@@ -249,12 +272,14 @@ def scores(model: Any, point: Point, validation: PackedTokens) -> list[Row]:
 
 def measure(point: Point) -> list[Row]:
     """Train one kind, and all its figures."""
-    data = Sown(point["data"], "train", point["seed"], point["pairs"], point["share"])
-    validation = PackedTokens(point["data"], "validation")
+    data, validation = (PackedTokens(point["data"], split, check=False) for split in ("train", "validation"))
+    per_step = point["rows"] * point["micro_batches"]
+    counts = {"count": point["steps"] * per_step, "short_count": point["short_steps"] * per_step}
+    sown = Sown(data, point["seed"], pairs=point["pairs"], short=point["short"], **counts)
     torch.manual_seed(point["seed"])
     model = model_of(point, data.manifest).to(this_device())
     settings = {name: point[name] for name in ("steps", "rows", "micro_batches", "learning_rate", "seed")}
-    figures = train(model, data, validation, **settings).figures
+    figures = train(model, sown, validation, train_sampling_strategy="sequential", **settings).figures
     return [figure(name, value) for name, value in figures.items()] + scores(model, point, validation)
 
 
@@ -264,10 +289,10 @@ def points_of(args: Any) -> list[Point]:
     for seed in args.seeds:
         for name in args.kinds.split(";"):
             kind, *windows = name.split(":")
-            if kind not in NAMES or len(windows) not in {FULL: (0,), WINDOW: (1,), DMA: (1, 2)}[kind]:
-                raise SystemExit(f"kind {name!r}, expected {FULL}, {WINDOW}:W, {DMA}:W or {DMA}:W:LOCAL")
-            w, local = [*map(int, windows), *(row_length, 0)[len(windows) :]]
-            point = {"kind": kind, "w": w, "local": local, "seed": seed}
+            if kind not in NAMES or len(windows) not in {FULL: (0,), WINDOW: (1,), DMA: (1, 2, 3)}[kind]:
+                raise SystemExit(f"kind {name!r}, expected {FULL}, {WINDOW}:W, {DMA}:W, {DMA}:W:LOCAL[:LIFETIME]")
+            w, local, lifetime = [*map(int, windows), *(row_length, 0, 0)[len(windows) :]]
+            point = {"kind": kind, "w": w, "local": local, "lifetime": lifetime, "seed": seed}
             found.append(point | {name: getattr(args, name) for name in SETTINGS})
     return found
 
@@ -281,17 +306,23 @@ def means(rows: list[Row], measure: str, x: Callable[[Row], float]) -> dict[floa
     return {at: statistics.fmean(values[at]) for at in sorted(values)}
 
 
-def by_kind(rows: list[Row]) -> dict[tuple[str, int, int], list[Row]]:
+def by_kind(rows: list[Row]) -> dict[tuple[str, int, int, int], list[Row]]:
     """Rows of each kind and window, of the settings that were measured last."""
     same = [row for row in rows if all(row[name] == rows[-1][name] for name in SETTINGS)]
-    found: dict[tuple[str, int, int], list[Row]] = {}
+    found: dict[tuple[str, int, int, int], list[Row]] = {}
     for row in same:
-        found.setdefault((row["kind"], int(row["w"]), int(row["local"])), []).append(row)
+        windows = (int(row[name]) for name in ("w", "local", "lifetime"))
+        found.setdefault((row["kind"], *windows), []).append(row)
     return dict(sorted(found.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1:])))
 
 
-def name_of(kind: str, w: int, local: int) -> str:
-    return NAMES[kind] if kind == FULL else f"{NAMES[kind]} {w:,}" + (f", last {local:,} kept" if local else "")
+def name_of(kind: str, w: int, local: int, lifetime: int) -> str:
+    named = NAMES[kind] if kind == FULL else f"{NAMES[kind]} {w:,}"
+    return named + (f", last {local:,} kept" if local else "") + (f", lifetime {lifetime:,}" if lifetime else "")
+
+
+def color_of(key: tuple[str, int, int, int]) -> str:
+    return AGED if key[3] else KEPT if key[2] else COLORS[key[0]]
 
 
 def report(rows: list[Row]) -> None:
@@ -321,8 +352,8 @@ def draw(rows: list[Row], path: Path) -> None:
     figure, ((losses, recall), (speeds, caches)) = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
     kinds = by_kind(rows)
     for key, mine in kinds.items():
-        color = KEPT if key[2] else COLORS[key[0]]
-        alike = [one for one in kinds if (one[0], one[2] > 0) == (key[0], key[2] > 0)]
+        color = color_of(key)
+        alike = [one for one in kinds if color_of(one) == color]
         style: Any = {"color": color, "linestyle": LINES[alike.index(key) % len(LINES)], "label": name_of(*key)}
         style |= {"marker": "o", "markersize": 3}
 
@@ -365,9 +396,10 @@ def main() -> None:
     args.add_argument("--steps", type=int, default=760)
     args.add_argument("--rows", type=int, default=2, help="rows of a micro-batch")
     args.add_argument("--micro_batches", type=int, default=1)
-    args.add_argument("--learning_rate", type=float, default=4e-3)
+    args.add_argument("--learning_rate", type=float, default=2e-3)
     args.add_argument("--pairs", type=int, default=256, help="needles and questions of a training row")
-    args.add_argument("--share", type=float, default=1.0, help="of training rows that have any")
+    args.add_argument("--short_steps", type=int, default=400, help="first steps, whose rows are cut into short texts")
+    args.add_argument("--short", type=int, default=1024, help="tokens of a short text")
     args.add_argument("--tests", type=int, default=128, help="haystacks of each length")
     args.add_argument("--seeds", type=int, nargs="+", default=[233])
     options = args.parse_args()

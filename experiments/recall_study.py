@@ -200,13 +200,13 @@ def draw(rows: list[Row], window: int, output: Path) -> None:
                 right.plot(*zip(*seen, strict=True), label=mixer, **style)
         right.axhline(best(rows, "full", AXIS, max(lengths), length)[0], color=GREY, linestyle="--", label="full")
         right.axvline(length * PAIRS * 2, color="#777777", linestyle=":", label="positions of pairs")
-    figures = [(by_width, output.with_suffix(".png"))]
-    figures += [(by_window, output.with_name("recall_windows.png"))] if len(windows) > 1 else []
+    figures = [(by_width, output.with_suffix(".png"))] if len(widths) > 1 else []
+    figures += [(by_window, output.with_name(f"{output.stem}_windows.png"))] if len(windows) > 1 else []
     for figure, path in figures:
         figure.axes[0].set_ylabel("accuracy on held-out rows")
         figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
         figure.savefig(path, dpi=130)
-    draw_kept(rows, window, lengths, output.with_name("recall_kept.png"))
+    draw_kept(rows, window, lengths, output.with_name(f"{output.stem}_kept.png"))
 
 
 def panels(lengths: list[int], label: str, ticks: list[int]) -> Figure:

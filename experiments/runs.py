@@ -81,8 +81,8 @@ class Run:
 
 
 def _batch_of(kept: tuple[str, ...], rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    batch = collate(rows)
-    return {name: batch[name] for name in kept if name in batch}
+    batch = collate(rows)  # (B, T), or (B, texts, T) if a row is several texts
+    return {name: batch[name].flatten(0, -2) for name in kept if name in batch}
 
 
 def train(

@@ -20,7 +20,7 @@ from small_doge.inference.engine import threads as crew
 from small_doge.inference.engine import weights as opening
 from small_doge.inference.engine.crew import open_next, wait
 from small_doge.inference.engine.layout import TOKENS_AT_ONCE
-from small_doge.inference.engine.numbers import exp, grid, route, to_integers
+from small_doge.inference.engine.numbers import aged_place, exp, grid, route, to_integers
 from small_doge.inference.engine.pack import PRECISIONS, decode, encode
 from small_doge.inference.engine.weights import open_weights, pack_model
 
@@ -32,6 +32,8 @@ VARIANTS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "a head of its own": {"tie_word_embeddings": False},
     "local window": {"local_window": 7},
+    "scores that age": {"score_lifetime": 9.0},
+    "scores that age, local window": {"score_lifetime": 9.0, "local_window": 7},
     "one head": {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 34},
     "experts": {"is_moe": True, "num_experts": 49, "num_experts_per_tok": 5},
     "all experts": {"is_moe": True, "num_experts": 4, "num_experts_per_tok": 4, "norm_topk_prob": True},
@@ -259,6 +261,13 @@ def test_numbers():
 
     s = torch.cat([torch.randn(500).exp(), torch.tensor([0.0, -0.0, 1.0, -1.5, 1e-30])])
     assert [grid(np.float32(v)) for v in s.numpy()] == theirs(s).tolist()
+    from small_doge.ops.dynamic_mask.window import places
+
+    s = torch.cat([torch.randn(300).exp() * 10, torch.rand(300) * 3, torch.tensor([0.0, 1e-30, 1e30, 3.4e38, np.inf])])
+    arrivals = torch.arange(len(s)) * 7919
+    for lifetime in (1e-3, 1.0, 7.3, 4096.0, 1e30):
+        got = [aged_place(v, np.float32(lifetime), j) for v, j in zip(s.numpy(), arrivals.tolist(), strict=True)]
+        assert got == places(s, arrivals, lifetime).tolist()
     out = np.zeros(9, np.int16)
     y = np.array([0, 1, -2, 0.5, 3, -3, 1e-9, 2.9, 1], np.float32)
     factor = to_integers(y, 9, out)
@@ -431,6 +440,14 @@ def test_round_trip(model, tmp_path):
     assert again.header == packed.header
     assert (again.data == packed.data).all()
     assert [path.name for path in tmp_path.iterdir()] == ["w.doge"]
+
+
+def test_a_packed_file_of_before_scores_aged(model, engine, tmp_path):
+    packed = pack_model("", "float32", model)
+    assert packed.header["model"].pop("lifetime") == 0.0
+    packing.write(packed, tmp_path / "w.doge")
+    ids = some_ids(3 * WINDOW)
+    assert (Engine(packing.read(tmp_path / "w.doge"), threads=1).logits(ids) == engine.logits(ids)).all()
 
 
 @pytest.mark.parametrize("at", [0, 9, 40, -1])

@@ -10,7 +10,7 @@ from small_doge.models import DogeForCausalLM, config_for
 
 
 def test_figures_are_those_of_a_model_that_ran(tmp_path, capsys):
-    config = config_for("tiny", vocab_size=512, keep_window_size=64, local_window=4)
+    config = config_for("tiny", vocab_size=512, keep_window_size=64, local_window=4, score_lifetime=50.0)
     model = DogeForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
     facts = info(InfoRecipe(model=str(tmp_path), length=100, device="cpu"))
@@ -20,12 +20,14 @@ def test_figures_are_those_of_a_model_that_ran(tmp_path, capsys):
         model(torch.randint(0, 512, (1, 100)), past_key_values=cache)
     assert f"at most {cache.nbytes / 2**20:,.1f} MiB" in facts["cache"]
     assert facts["attention"] == "chunked for 1 × 100 tokens in float32: keys drop out: 100 keys, a window of 64"
+    assert facts["window"].endswith("; a score higher by 1 makes up for 50 tokens of age")
     assert facts["attention"] in capsys.readouterr().out
 
 
 def test_a_size_needs_no_folder_and_the_path_follows_the_shape():
     assert "335,750,272 parameters" in info(InfoRecipe(model="320m", device="cpu"))["model"]
     assert info(InfoRecipe(model="20m", device="cpu"))["attention"].startswith("folded")
+    assert info(InfoRecipe(model="20m", device="cpu"))["window"].endswith("the last 0 whatever their score")
     assert info(InfoRecipe(model="20m", length=4096, device="cpu"))["attention"].startswith("chunked")
     packed = info(InfoRecipe(model="20m", rows=64, packed=True, device="cpu"))["attention"]
     assert packed.startswith("chunked")

@@ -2,6 +2,7 @@
 
 import copy
 import heapq
+import math
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ MODELS = {
     "window of one": {"keep_window_size": 1},
     "local window": {"keep_window_size": 5, "local_window": 3},
     "local window, filled by the text": {"keep_window_size": 25, "local_window": 5},
+    "scores that age, local window": {"keep_window_size": 5, "local_window": 3, "score_lifetime": 4.0},
     "first release": {"keep_window_size": 6, "qk_norm": False, "mask_heads": 4, "local_window": 2},
     "yarn": {"keep_window_size": 7, "rope_parameters": YARN},
 }
@@ -73,6 +75,8 @@ def test_parts_equal_the_full_pass_and_the_growing_cache(make_model, options, sp
 @pytest.mark.parametrize("where", ["left", "middle", "right"])
 @pytest.mark.parametrize("split", SPLITS[:3], ids=str)
 def test_padding_takes_no_place_in_the_window(make_model, options, where, split):
+    if where == "middle" and "score_lifetime" in options:
+        pytest.skip("a 4-D mask does not say what is padding and makes nothing older; see test_a_turn_may_be_padded")
     model = make_model(torch.float64, **options)
     ids, mask, positions = padded_batch(where)
     # As a 4-D mask: with a 2-D one, positions that stand still in the middle of a text would begin another document.
@@ -112,18 +116,47 @@ def test_dynamic_rope_in_deep_models_equals_the_growing_cache(make_model):
     assert (a - b)[mask.bool()].abs().max() < 1e-9
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("local_window", [0, 3])
+def test_scores_age_far_past_the_window(make_model, local_window):
+    """A text of 40 windows, in parts that are short and long; and each query sees what a loop over keys gives it."""
+    T, window, lifetime = 240, 6, 5.0
+    options = {"keep_window_size": window, "local_window": local_window}
+    model = make_model(torch.float64, score_lifetime=lifetime, **options)
+    ids, found = torch.randint(3, 400, (2, T), generator=torch.Generator().manual_seed(0)), []
+    for layer in model.model.layers:
+        layer.self_attn.dt_proj.register_forward_hook(lambda module, inputs, dt: found.append(dt))
+    full, weights = model(ids, output_attentions=True, use_cache=False).to_tuple()
+    for layer, dt, seen in zip(model.model.layers, found, weights, strict=True):
+        s = torch.exp(layer.self_attn.A * torch.nn.functional.softplus(dt)).transpose(1, 2)
+        for b, m in ((0, 0), (0, 1), (1, 0)):
+            bits = (s[b, m].float().view(torch.int32) + 1024) // 2048 * 2048  # 12 bits of mantissa
+            worth = (bits.int().view(torch.float32).double() * lifetime).floor().tolist()
+            for i in range(0, T, 7):
+                best = heapq.nlargest(window, range(i + 1), key=lambda j, worth=worth: (worth[j] + j, j))
+                best = {*best, *range(max(0, i + 1 - local_window), i + 1)}
+                assert set(seen[b, 2 * m, i].nonzero().flatten().tolist()) == best
+    # Scores decide, and age decides.
+    for other in (None, 1.0):
+        assert (make_model(torch.float64, score_lifetime=other, **options)(ids).logits - full).abs().max() > 0.1
+    assert (model(ids, use_cache=False).logits - full).abs().max() < 1e-9
+    for split in ([20] + [1] * 30 + [70] + [1] * 20 + [17, 83], [T]):
+        assert (in_parts(model, ids, split, DynamicMaskCache(model.config)) - full).abs().max() < 1e-9
+
+
 scores = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.00001, 1.01, 50.0]), min_size=2, max_size=40)
+lifetimes = st.sampled_from([None, 0.5, 8.0])
 
 
 @settings(max_examples=200, deadline=None)
-@given(scores, st.integers(1, 9), st.integers(0, 4), st.integers(0, 2**32), st.booleans())
-def test_the_slots_hold_what_a_heap_holds(values, window, local_window, seed, padded):
+@given(scores, st.integers(1, 9), st.integers(0, 4), lifetimes, st.integers(0, 2**32), st.booleans())
+def test_the_slots_hold_what_a_heap_holds(values, window, local_window, lifetime, seed, padded):
     """After parts of any length, the newest token sees the w best real keys and the last l; nobody holds more."""
     g = torch.Generator().manual_seed(seed)
     s = torch.tensor(values, dtype=torch.float64)
     s = torch.stack([s, s.flip(0)])[None]  # (1, 2, T): two heads
     T, real = len(values), torch.rand(1, len(values), generator=g) < (0.7 if padded else 1.1)
-    layer, start = DynamicMaskLayer(window, local_window), 0
+    layer, start = DynamicMaskLayer(window, local_window, lifetime), 0
     while start < T:
         n = min(1 + int(torch.randint(5, (), generator=g)) * int(torch.randint(2, (), generator=g)), T - start)
         k = torch.arange(start, start + n, dtype=torch.float64)[None, None, :, None].expand(1, 2, n, 4)
@@ -134,6 +167,8 @@ def test_the_slots_hold_what_a_heap_holds(values, window, local_window, seed, pa
         assert held.s.shape[-1] == min(start, window + local_window)
         for head in range(2):
             order = [(grid(s[0, head, j]).item(), j) for j in range(start)]
+            if lifetime:
+                order = [(math.floor(round(s[0, head, j].item(), 3) * lifetime) + j, j) for j in range(start)]
             best = {j for _, j in heapq.nlargest(window, (order[j] for j in range(start) if real[0, j]))}
             best |= {j for j in range(max(0, start - local_window), start) if real[0, j]}
             seen = held.arrivals[0, head] if visible is None else held.arrivals[0, head][visible[0, head]]
@@ -155,9 +190,9 @@ GENERATION = {
 @torch.no_grad()
 @pytest.mark.parametrize("how", GENERATION)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("sizes", [{"keep_window_size": 6}, {"keep_window_size": 5, "local_window": 4}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"keep_window_size": 5, "local_window": 4}, {"score_lifetime": 4.0}], ids=str)
 def test_generation_equals_that_with_the_growing_cache(make_model, how, padded, sizes):
-    model = make_model(torch.float64, **sizes)
+    model = make_model(torch.float64, **{"keep_window_size": 6, **sizes})
     ids, mask, _ = padded_batch("left")
     ids, mask = (ids[:, :18], mask[:, :18]) if padded else (ids[1:, :18], mask[1:, :18])
     options = {"max_new_tokens": 16, "eos_token_id": None, "return_dict_in_generate": True, "output_scores": True}
@@ -175,9 +210,10 @@ def test_generation_equals_that_with_the_growing_cache(make_model, how, padded, 
 
 
 @torch.no_grad()
-def test_a_chat_goes_on_from_its_cache(make_model):
+@pytest.mark.parametrize("lifetime", [None, 4.0])
+def test_a_chat_goes_on_from_its_cache(make_model, lifetime):
     """A second turn of several tokens, given alone or with the first turn, equals generation from the whole text."""
-    model = make_model(torch.float64, keep_window_size=6)
+    model = make_model(torch.float64, keep_window_size=6, score_lifetime=lifetime)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     first = model.generate(torch.tensor([TEXT[:12]]), return_dict_in_generate=True, **options)
     turn = torch.cat([first.sequences, torch.tensor([OTHER[:7]])], dim=1)
@@ -186,6 +222,18 @@ def test_a_chat_goes_on_from_its_cache(make_model):
     assert torch.equal(model.generate(turn, past_key_values=first.past_key_values, **options), expected)
     new = {"attention_mask": torch.ones_like(turn), "past_key_values": again}
     assert torch.equal(model.generate(turn[:, again.get_seq_length() :], **new, **options)[:, 8:], expected[:, 27:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lifetime", [None, 4.0])
+def test_a_turn_may_be_padded(make_model, lifetime):
+    """The second turn of a batch of chats, padded on its left: to the text, padding has not come."""
+    model, ids = make_model(torch.float64, keep_window_size=6, score_lifetime=lifetime), torch.tensor([TEXT])
+    padded = torch.cat([ids[:, :15], torch.full((1, 8), 2), ids[:, 15:]], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, 15:23] = 0
+    got = in_parts(model, padded, [15, 23], DynamicMaskCache(model.config), mask, mask.cumsum(-1) - 1)
+    assert (got[mask.bool()] - model(ids).logits[0]).abs().max() < 1e-9
 
 
 @torch.no_grad()
@@ -229,8 +277,10 @@ def test_memory_is_bounded_and_constant_once_the_window_is_full(make_model, size
 @torch.no_grad()
 @pytest.mark.parametrize("before", [5, 20])  # before and after keys are dropped
 @pytest.mark.parametrize("rope", [None, DYNAMIC])
-def test_rows_are_reordered_repeated_and_selected(make_model, before, rope):
+@pytest.mark.parametrize("lifetime", [None, 4.0])
+def test_rows_are_reordered_repeated_and_selected(make_model, before, rope, lifetime):
     options = {"num_hidden_layers": 1, "rope_parameters": rope, "max_position_embeddings": 16, "keep_window_size": 7}
+    options["score_lifetime"] = lifetime
     model, ids = make_model(torch.float64, **options), torch.tensor([TEXT, OTHER])
     rows = {
         "reorder_cache": (torch.tensor([1, 1]), [1, 1]),
@@ -248,9 +298,9 @@ def test_rows_are_reordered_repeated_and_selected(make_model, before, rope):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sizes", [{"keep_window_size": 12}, {"keep_window_size": 9, "local_window": 3}], ids=str)
+@pytest.mark.parametrize("sizes", [{}, {"keep_window_size": 9, "local_window": 3}, {"score_lifetime": 4.0}], ids=str)
 def test_crop_is_exact_until_a_key_is_dropped_and_refused_after(make_model, sizes):
-    model, ids = make_model(torch.float64, **sizes), torch.tensor([TEXT, OTHER])
+    model, ids = make_model(torch.float64, **{"keep_window_size": 12, **sizes}), torch.tensor([TEXT, OTHER])
     cache = DynamicMaskCache(model.config)
     in_parts(model, ids[:, :12], [5, 1, 1, 5], cache)
     assert cache.is_croppable
@@ -281,6 +331,7 @@ def test_crop_is_exact_until_a_key_is_dropped_and_refused_after(make_model, size
     [
         ({"keep_window_size": 9}, "made for a model with keep_window_size 9, expected keep_window_size 32"),
         ({"local_window": 2}, "local_window 2, expected local_window 0"),
+        ({"score_lifetime": 8.0}, "score_lifetime 8.0, expected score_lifetime None"),
         ({"num_hidden_layers": 2}, "num_hidden_layers 2, expected num_hidden_layers 3"),
         ({"mask_heads": 4, "head_dim": 8}, "mask_heads 4, head_dim 8, expected mask_heads 2, head_dim 12"),
         (
@@ -311,8 +362,10 @@ def test_what_else_does_not_fit_is_named(make_model):
 @torch.no_grad()
 @pytest.mark.parametrize("split", [[10] + [1] * 20, [3, 7, 1, 1, 12, 1, 5]], ids=str)
 @pytest.mark.parametrize("mask_heads", [2, 4])
-def test_attention_weights_cover_all_tokens_that_came(make_model, split, mask_heads):
-    model, ids = make_model(torch.float64, keep_window_size=5, mask_heads=mask_heads), torch.tensor([TEXT, OTHER])
+@pytest.mark.parametrize("lifetime", [None, 4.0])
+def test_attention_weights_cover_all_tokens_that_came(make_model, split, mask_heads, lifetime):
+    options = {"keep_window_size": 5, "mask_heads": mask_heads, "score_lifetime": lifetime}
+    model, ids = make_model(torch.float64, **options), torch.tensor([TEXT, OTHER])
     caches, start = (DynamicMaskCache(model.config), DynamicCache(config=model.config)), 0
     for n in split:
         part = ids[:, start : start + n]
@@ -363,9 +416,11 @@ def test_inference_mode_autocast_and_gradients_meet_the_cache(make_model):
 
 
 @torch.no_grad()
-def test_a_compiled_model_fills_the_cache(make_model):
+@pytest.mark.parametrize("lifetime", [None, 4.0])
+def test_a_compiled_model_fills_the_cache(make_model, lifetime):
     """As the Trainer's evaluation does; in one graph."""
-    model, ids = make_model(keep_window_size=7, num_hidden_layers=1), torch.tensor([TEXT, OTHER])
+    options = {"keep_window_size": 7, "score_lifetime": lifetime, "num_hidden_layers": 1}
+    model, ids = make_model(**options), torch.tensor([TEXT, OTHER])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     cache = compiled(ids[:, :20]).past_key_values
     assert (in_parts(compiled, ids[:, 20:], [1, 1, 8], cache) - model(ids).logits[:, 20:]).abs().max() < 2e-4

@@ -12,6 +12,8 @@ PATHS = {
     "reference": {"keep_window_size": 7},
     "window of one": {"keep_window_size": 1},
     "local window": {"keep_window_size": 5, "local_window": 3},
+    "scores that age": {"keep_window_size": 7, "score_lifetime": 4.0},
+    "scores that age, local window": {"keep_window_size": 5, "local_window": 3, "score_lifetime": 4.0},
     "first release": {"keep_window_size": 7, "qk_norm": False, "mask_heads": 4},
     "first release, folded": {"keep_window_size": 64, "qk_norm": False, "mask_heads": 4},
     "biases": {"keep_window_size": 7, "attention_bias": True, "mlp_bias": True},

@@ -11,6 +11,7 @@ IDS = torch.tensor([[5, 9, 7, 5, 9, 30, 7, 5, 5, 5, 11, 9], [9, 5, 41, 7, 7, 9, 
 PADDED = torch.tensor([[0, 0, 0] + [1] * 9, [1] * 12])
 EMBEDDED = torch.zeros(2, 12, 48)
 SIZES = [{"keep_window_size": 5}, {"keep_window_size": 5, "local_window": 2}, {"keep_window_size": 64}]
+SIZES += [{"keep_window_size": 5, "score_lifetime": 3.0}]
 
 
 def test_descriptions_grow_with_the_text_and_not_with_its_square():

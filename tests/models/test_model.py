@@ -66,7 +66,7 @@ def test_checkpoints_of_the_first_release_are_told_from_their_shapes(make_model,
     assert "model.layers.0.pre_residual.weight" in renamed
     save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((tmp_path / "config.json").read_text())
-    for field in ("qk_norm", "mask_heads", "local_window"):
+    for field in ("qk_norm", "mask_heads", "local_window", "score_lifetime"):
         config.pop(field)
     config |= {"dynamic_mask_ratio": 0.0, "hidden_bias": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -89,6 +89,10 @@ def test_a_mask_ratio_that_looks_ahead_is_refused():
         ({"num_attention_heads": 8, "num_key_value_heads": 2, "mask_heads": 3}, "mask_heads is 3, expected 2 .* or 8"),
         ({"sliding_window": 128}, "sliding_window is 128, expected null"),
         ({"local_window": -1}, "local_window is -1, expected 0 or more"),
+        ({"score_lifetime": 0}, "score_lifetime is 0, expected 1 to 1e9 tokens, or null"),
+        ({"score_lifetime": -1.5}, "score_lifetime is -1.5, expected 1 to 1e9 tokens, or null"),
+        ({"score_lifetime": float("inf")}, "score_lifetime is inf, expected 1 to 1e9 tokens, or null"),
+        ({"score_lifetime": float("nan")}, "score_lifetime is nan, expected 1 to 1e9 tokens, or null"),
         ({"head_dim": 7}, "head_dim is 7, expected an even number"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         (
@@ -104,6 +108,13 @@ def test_a_mask_ratio_that_looks_ahead_is_refused():
 def test_configurations_that_cannot_be_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         DogeConfig(**fields)
+
+
+@pytest.mark.parametrize("lifetime", [None, 8, 1.5, 4096.0])
+def test_the_lifetime_of_scores_is_kept_with_the_model(make_model, tmp_path, lifetime):
+    make_model(score_lifetime=lifetime).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["score_lifetime"] == lifetime
+    assert load_model(tmp_path).config.score_lifetime == lifetime
 
 
 def test_inputs_that_do_not_fit_are_named(make_model):

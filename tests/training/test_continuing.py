@@ -4,6 +4,7 @@ import json
 import shutil
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from small_doge.data.tokenizer import TokenizerRecipe, train_tokenizer
 from small_doge.errors import UserError
 from small_doge.models import config_for, load_model
 from small_doge.models.modeling_doge import DogeForCausalLM
+from small_doge.training.continuing import Start, open_model, windows
 from small_doge.training.order import StepOrder
 from small_doge.training.pretrain import PretrainArguments, pretrain
 
@@ -65,6 +67,16 @@ def test_it_takes_the_steps_the_run_itself_took(run, tmp_path):
     ours, theirs = (load_model(f).state_dict() for f in (out, run[0] / "whole" / "checkpoint-16"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert {row["learning_rate"] for row in lines(out)} == {2e-3}
+
+
+@pytest.mark.parametrize("lifetime", [None, 64.0])
+def test_the_recipe_sets_windows_and_leaves_what_it_does_not_name(tmp_path, lifetime):
+    sizes = {"keep_window_size": 9, "local_window": 1}
+    DogeForCausalLM(config_for("tiny", vocab_size=300, **sizes)).save_pretrained(tmp_path)
+    args = SimpleNamespace(keep_window_size=None, local_window=3, score_lifetime=lifetime)
+    assert windows(args) == {"local_window": 3} | ({"score_lifetime": 64.0} if lifetime else {})
+    config = open_model(args, Start(str(tmp_path))).config
+    assert (config.keep_window_size, config.local_window, config.score_lifetime) == (9, 3, lifetime)
 
 
 def test_decay_alone_is_the_decay_of_the_run(run, tmp_path):

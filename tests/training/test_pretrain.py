@@ -180,15 +180,23 @@ def test_a_full_disk_is_noticed_before_the_first_step(arguments, tmp_path, monke
 def test_it_starts_from_a_model_folder(arguments, tmp_path):
     """And both have the windows that their recipes ask for."""
     fields = {"output_dir": str(tmp_path / "first"), "max_steps": 30, "learning_rate": 3e-3}
-    first = pretrain(arguments(**fields, keep_window_size=16, local_window=4))
+    first = pretrain(arguments(**fields, keep_window_size=16, local_window=4, score_lifetime=24))
     second = pretrain(arguments(model=str(first), keep_window_size=8))
     assert log_of(second)[0][1] < log_of(first)[0][1] - 0.5
     configs = [load_model(folder).config for folder in (first, second)]
-    assert [(c.keep_window_size, c.local_window) for c in configs] == [(16, 4), (8, 4)]
+    windows = [(c.keep_window_size, c.local_window, c.score_lifetime) for c in configs]
+    assert windows == [(16, 4, 24), (8, 4, 24)]
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "expected"), [("keep_window_size", 0, "at least 1"), ("local_window", -1, "0 or more")]
+    ("field", "value", "expected"),
+    [
+        ("keep_window_size", 0, "at least 1"),
+        ("local_window", -1, "0 or more"),
+        ("score_lifetime", 0.0, "1 to 1e9 tokens"),
+        ("score_lifetime", -3.5, "1 to 1e9 tokens"),
+        ("score_lifetime", float("inf"), "1 to 1e9 tokens"),
+    ],
 )
 def test_a_window_that_cannot_be_is_refused(arguments, field, value, expected):
     with pytest.raises(UserError, match=f"`{field}` is {value}, expected {expected}"):

@@ -1,6 +1,7 @@
 """What a run shows: what attention keeps, in numbers counted by hand, and by name to reporters."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -27,16 +28,19 @@ def kept(tmp_path):
     return tmp_path / "model"
 
 
-def by_hand(s, A, documents, window):
+def by_hand(s, A, documents, window, lifetime=None):
     """Each query's window counted key by key."""
     gone, distances, spreads = [], [], []
     for b, document in enumerate(documents.tolist()):
         for scores in s[b]:
             spreads.append(scores.std())
+            order = scores.tolist()
+            if lifetime:
+                order = [math.floor(x * lifetime) + j for j, x in enumerate(order)]
             last = {}  # the last query that sees a key
             for i, mine in enumerate(document):
                 keys = [j for j in range(i + 1) if document[j] == mine]
-                best = sorted(keys, key=lambda j: (scores[j].item(), j), reverse=True)[:window]
+                best = sorted(keys, key=lambda j, order=order: (order[j], j), reverse=True)[:window]
                 distances += [i - j for j in best]
                 last |= dict.fromkeys(best, i)
             ends = {mine: i for i, mine in enumerate(document)}
@@ -44,14 +48,16 @@ def by_hand(s, A, documents, window):
     return [A.abs().mean().item(), torch.stack(spreads).mean().item(), sum(gone) / len(gone), np.mean(distances)]
 
 
-def test_the_statistics_are_those_counted_by_hand(kept):
+@pytest.mark.parametrize("lifetime", [None, 5.0])
+def test_the_statistics_are_those_counted_by_hand(kept, lifetime):
     torch.manual_seed(1)
     attention = load_model(kept).model.layers[0].self_attn
+    attention.config.score_lifetime = lifetime
     positions = torch.tensor([[*range(12), *range(8)], [*range(3, 23)]])
     documents = torch.tensor([[0] * 12 + [1] * 8, [0] * 20])
     s = torch.rand(2, 2, 20).exp()
     found = statistics(attention, s, positions).tolist()
-    assert found == pytest.approx(by_hand(s, attention.A, documents, 6), rel=1e-5)
+    assert found == pytest.approx(by_hand(s, attention.A, documents, 6, lifetime), rel=1e-5)
     assert 0.1 < found[2] < 0.9
 
 

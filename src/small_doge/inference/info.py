@@ -61,12 +61,14 @@ def info(recipe: InfoRecipe) -> dict[str, str]:
         size = config.num_hidden_layers * recipe.rows * heads * keys * (2 * D * dtype.itemsize + extra)
         return f"{size / 2**20:,.1f} MiB"
 
+    lifetime = config.score_lifetime
+    ageing = f"; a score higher by 1 makes up for {lifetime:g} tokens of age" if lifetime else ""
     name = torch.cuda.get_device_name() if kind == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     facts = {
         "model": f"{recipe.model}: {parameters:,} parameters, {config.num_hidden_layers} layers of width "
         f"{config.hidden_size}, a vocabulary of {config.vocab_size:,}",
         "heads": f"{H} for queries, {G} for keys and values, {M} for scores, of size {D}",
-        "window": f"{w:,} keys a head, and the last {config.local_window} whatever their score",
+        "window": f"{w:,} keys a head, and the last {config.local_window} whatever their score{ageing}",
         "device": f"{name}; torch {torch.__version__}, transformers {transformers.__version__}",
         "attention": f"{path} for {recipe.rows} × {recipe.length:,} tokens in {str(dtype)[6:]}: {why}",
         "cache": f"{state(M, min(recipe.length, held), 12)} after {recipe.length:,} tokens, at most "

@@ -9,12 +9,14 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..ops.dynamic_mask import decode, dynamic_mask_attention
+from ..ops.dynamic_mask.window import as_scores
 from .cache_layer import ARRIVALS, DynamicMaskLayer
 from .configuration_doge import DogeConfig
 from .masks import Visibility
 
 # What a model and the cache that serves it must agree on.
-TRAITS = ("num_hidden_layers", "num_key_value_heads", "mask_heads", "head_dim", "keep_window_size", "local_window")
+TRAITS: tuple[str, ...] = ("num_hidden_layers", "num_key_value_heads", "mask_heads", "head_dim")
+TRAITS += ("keep_window_size", "local_window", "score_lifetime")
 
 
 class DynamicMaskCache(Cache):
@@ -29,7 +31,8 @@ class DynamicMaskCache(Cache):
 
     def __init__(self, config: DogeConfig):
         self.traits = _traits(config)
-        make = [DynamicMaskLayer(config.keep_window_size, config.local_window) for _ in range(config.num_hidden_layers)]
+        window = config.keep_window_size, config.local_window, config.score_lifetime
+        make = [DynamicMaskLayer(*window) for _ in range(config.num_hidden_layers)]
         super().__init__(layers=make)  # type: ignore[arg-type]
 
     def check(self, config: DogeConfig) -> None:
@@ -92,6 +95,7 @@ class DynamicMaskCache(Cache):
             documents=documents,
             mask=mask,
             local_window=layer.local_window,
+            rank_by=as_scores(held.places) if layer.lifetime and held.s.shape[2] > layer.window else None,
             dropout_p=dropout_p,
             return_weights=return_weights,
         )

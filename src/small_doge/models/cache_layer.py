@@ -14,12 +14,13 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..ops.dynamic_mask.decode import replace_worst
-from ..ops.dynamic_mask.window import grid
+from ..ops.dynamic_mask.window import grid, places
 
-# A key's rank is its score's place on the grid · ARRIVALS + the number of its arrival: the order of
-# ``ops.dynamic_mask.ranks`` for keys that stand in any order. Padding has place 0, below that of every score. The
-# largest place is 2²¹: a rank stays below 2⁶², and RECENT lifts any rank above all others.
-ARRIVALS = 1 << 40
+# A key's rank is its score's place · ARRIVALS + the number of its arrival, the place being that on the grid or, where
+# scores age, that of ``ops.dynamic_mask.window.places``: the order of ``ops.dynamic_mask.ranks`` for keys that stand in
+# any order. Padding has place 0, below that of every score. The largest place on the grid is 2²¹, with age it is the
+# arrival and 2¹⁹: a rank stays below 2⁶² for the first billion tokens, and RECENT lifts any rank above all others.
+ARRIVALS = 1 << 32
 RECENT = 1 << 62
 
 
@@ -43,7 +44,7 @@ class Keys(tuple[torch.Tensor, ...]):
 
     @property
     def ranks(self) -> torch.Tensor:
-        """(B, M, N) int64: grid place · ARRIVALS + arrival"""
+        """(B, M, N) int64: place · ARRIVALS + arrival"""
         return self[3]
 
     @property
@@ -55,6 +56,11 @@ class Keys(tuple[torch.Tensor, ...]):
     def arrivals(self) -> torch.Tensor:
         """(B, M, N): how many tokens came before each key"""
         return self.ranks % ARRIVALS
+
+    @property
+    def places(self) -> torch.Tensor:
+        """(B, M, N): what ranks each key, 0 for padding"""
+        return self.ranks // ARRIVALS
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Keys:
         """``function`` of each tensor."""
@@ -91,9 +97,9 @@ class DynamicMaskLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, window: int, local_window: int = 0):
+    def __init__(self, window: int, local_window: int = 0, lifetime: float | None = None):
         super().__init__()
-        self.window, self.local_window = window, local_window
+        self.window, self.local_window, self.lifetime = window, local_window, lifetime
         self.size = window + local_window
         self.reset()
 
@@ -102,6 +108,7 @@ class DynamicMaskLayer(CacheLayerMixin):
         self.seen = 0
         self.clock: torch.Tensor | None = None
         self.padded = False  # whether any token was said to be padding
+        self.paddings: torch.Tensor | None = None  # (B, 1, 1), how many, where scores age
         self._hold(None)
 
     def _hold(self, slots: Keys | None) -> None:
@@ -149,16 +156,32 @@ class DynamicMaskLayer(CacheLayerMixin):
             raise ValueError(f"the cache holds {self.slots.s.shape[0]} rows, the input has {B}")
         if k.shape[1] < M:
             k, v = (x.repeat_interleave(M // x.shape[1], dim=1) for x in (k, v))
-        places = grid(s.detach())
-        if key_mask is not None:
-            self.padded = True
-            places = places.masked_fill(~key_mask[:, None, -T:], 0)
-        ranks = places * ARRIVALS + self._now(s.device)
+        arrivals = self._now(s.device)
         if T > 1:
-            ranks = ranks + torch.arange(T, device=s.device)
+            arrivals = arrivals + torch.arange(T, device=s.device)
+        padding = None if key_mask is None else ~key_mask[:, None, -T:]
+        place = grid(s.detach()) if self.lifetime is None else places(s, self._ages(arrivals, padding), self.lifetime)
+        if padding is not None:
+            self.padded = True
+            place = place.masked_fill(padding, 0)
+        ranks = place * ARRIVALS + arrivals
         if positions is None:
             return Keys((k, v, s, ranks))
         return Keys((k, v, s, ranks, positions[:, None].expand(B, M, T)))
+
+    def _ages(self, arrivals: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        """How many tokens that are no padding came before new ones, (T) or (B, 1, T), which are counted in."""
+        if padding is not None:
+            came = padding.cumsum(-1)
+            if self.paddings is None:
+                self.paddings = torch.zeros_like(came[..., -1:])
+            ages = arrivals - self.paddings - came
+            if _writable(self.paddings):
+                self.paddings.add_(came[..., -1:])  # in place, as for the clock
+            else:
+                self.paddings = self.paddings + came[..., -1:]
+            return ages
+        return arrivals if self.paddings is None else arrivals - self.paddings
 
     def _now(self, device: torch.device) -> torch.Tensor:
         """``seen`` on the device, int64: a captured CUDA graph counts on there, while Python's number stands still."""
@@ -272,10 +295,14 @@ class DynamicMaskLayer(CacheLayerMixin):
             )
         self.seen = max(0, self.seen + tokens_to_remove)
         self.clock = None
+        if self.paddings is not None:
+            self.paddings = (self.held.ranks[:, :1] < ARRIVALS).sum(-1, keepdim=True)
 
     def _change_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.slots is not None:
             self._hold(self.slots.map(function))
+        if self.paddings is not None:
+            self.paddings = function(self.paddings)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row b becomes what row ``beam_idx[b]`` was, for indices (B,)."""

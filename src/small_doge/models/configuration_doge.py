@@ -24,6 +24,8 @@ class DogeConfig(PreTrainedConfig):
         head_dim: size D of a head; None means ``hidden_size / num_attention_heads``.
         keep_window_size: how many keys a query keeps, w (Dynamic Mask Attention).
         local_window: the last ``local_window`` keys stay visible whatever their score; 0 is the published behaviour.
+        score_lifetime: tokens of age that a score higher by 1 makes up for, so that the window lets go of what is old
+            unless it scores better; None, the published behaviour, is for ever. For texts longer than the window.
         qk_norm: RMSNorm on q and k, as in transformers 5; False for checkpoints of the first releases.
         mask_heads: heads that A and Wdt give scores for: G (None means that), or H in the first releases.
         max_position_embeddings: trained length; RoPE scaling of type ``dynamic`` starts beyond it.
@@ -68,6 +70,7 @@ class DogeConfig(PreTrainedConfig):
     sliding_window: int | None = None
     keep_window_size: int = 2048
     local_window: int = 0
+    score_lifetime: float | int | None = None
     qk_norm: bool = True
     mask_heads: int | None = None
     is_moe: bool = False
@@ -131,6 +134,8 @@ class DogeConfig(PreTrainedConfig):
             raise ValueError(f"mask_heads is {self.mask_heads}, expected {G} (key/value heads) or {H} (query heads)")
         if self.local_window < 0:
             raise ValueError(f"local_window is {self.local_window}, expected 0 or more")
+        if self.score_lifetime is not None and not 1 <= self.score_lifetime <= 1e9:
+            raise ValueError(f"score_lifetime is {self.score_lifetime}, expected 1 to 1e9 tokens, or null")
         if self.sliding_window is not None:
             raise ValueError(f"sliding_window is {self.sliding_window}, expected null: keep_window_size is the window")
         if self.is_moe:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
 )
 
-from ..ops.dynamic_mask import dynamic_mask_attention
+from ..ops.dynamic_mask import aged, dynamic_mask_attention
 from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
 from .cache import DynamicMaskCache
 from .checkpoints import FIRST_RELEASE_NAMES, config_as_stored
@@ -109,13 +109,15 @@ class DogeAttention(nn.Module):
             if unrotated:
                 assert k_angles is not None
                 k = rotate(k, k_angles)
+            s, window, lifetime = self.scores(v), self.config.keep_window_size, self.config.score_lifetime
             out, weights = dynamic_mask_attention(
                 q,
                 k,
                 v,
-                self.scores(v),
-                self.config.keep_window_size,
+                s,
+                window,
                 local_window=self.config.local_window,
+                rank_by=aged(s, lifetime, visible.key_mask) if lifetime and s.shape[-1] > window else None,
                 **visible._asdict(),
                 **options,
             )

@@ -58,6 +58,10 @@ class PretrainArguments(TrainingArguments):
         "the last keys, which a query keeps whatever their score; null takes the model's own, 0 as published. Worth "
         "setting where rows are longer than keep_window_size"
     )
+    score_lifetime: float | None = described(
+        "tokens of age that a score higher by 1 makes up for in the window; null takes the model's own, for ever as "
+        "published. Worth setting where rows are longer than keep_window_size"
+    )
     router_aux_loss_coef: float | None = described(
         "what the balance loss of experts counts in the training loss; null takes the model's own"
     )
@@ -116,6 +120,8 @@ class PretrainArguments(TrainingArguments):
             raise ValueError(f"`keep_window_size` is {self.keep_window_size}, expected at least 1")
         if self.local_window is not None and self.local_window < 0:
             raise ValueError(f"`local_window` is {self.local_window}, expected 0 or more")
+        if self.score_lifetime is not None and not 1 <= self.score_lifetime <= 1e9:
+            raise ValueError(f"`score_lifetime` is {self.score_lifetime}, expected 1 to 1e9 tokens")
         if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
             raise ValueError(f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, expected 0 or more")
         if self.auto_find_batch_size and not self.tokens_per_step:

@@ -87,9 +87,9 @@ def open_model(args: Any, start: Start, checkpoint: Path | None = None) -> DogeF
     return set_windows(model, args)
 
 
-def windows(args: Any) -> dict[str, int]:
+def windows(args: Any) -> dict[str, float]:
     """The fields of a model's window that a recipe sets."""
-    asked = {name: getattr(args, name) for name in ("keep_window_size", "local_window")}
+    asked = {name: getattr(args, name) for name in ("keep_window_size", "local_window", "score_lifetime")}
     return {name: value for name, value in asked.items() if value is not None}
 
 

@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from ..data.packing import collate
 from ..errors import UserError
 from ..models.modeling_doge import DogeAttention
-from ..ops.dynamic_mask.window import eviction_times
+from ..ops.dynamic_mask.window import aged, eviction_times
 from ..recipe import nearest
 
 ROWS = 2  # of the validation split, the same at every look
@@ -48,7 +48,8 @@ def statistics(attention: DogeAttention, s: torch.Tensor, position_ids: torch.Te
     T = s.shape[-1]
     documents = torch.nn.functional.pad((position_ids.diff(dim=-1) != 1).long(), (1, 0)).cumsum(-1)
     config = attention.config
-    e = eviction_times(s, config.keep_window_size, documents=documents, local_window=config.local_window)
+    by = aged(s, config.score_lifetime) if config.score_lifetime else s
+    e = eviction_times(by, config.keep_window_size, documents=documents, local_window=config.local_window)
     end = eviction_times(s, T, documents=documents)
     # Key j is seen from distances 0 … e − j − 1.
     seen = (e - torch.arange(T, device=s.device)).float()

@@ -14,6 +14,7 @@ from .jit import compiled
 from .layout import DT, DT_BIAS, K_NORM, PARTS, Q_NORM, QKV_BIAS, A
 from .numbers import (
     ARRIVALS,
+    aged_place,
     dot,
     exp,
     grid,
@@ -45,7 +46,8 @@ def insert(shape, floats, row, slots, layer, m, k, v, values, arrival):
     if row[DT_BIAS] >= 0:
         dt += floats[row[DT_BIAS] + m]
     s = score(dt, floats[row[A] + m])
-    rank = grid(s) * ARRIVALS + arrival
+    place = aged_place(s, shape.lifetime, arrival) if shape.lifetime > 0.0 else grid(s)
+    rank = place * ARRIVALS + arrival
     ranks, room = slots.ranks[layer, m], shape.window + shape.local_window
     slot = arrival
     if arrival >= room:

@@ -239,6 +239,7 @@ def _shape(model: dict[str, Any], **kinds: int) -> Shape:
     known = {name: model[name] for name in names}
     return Shape(
         **known,
+        lifetime=np.float32(model.get("lifetime", 0.0)),  # packed files of before have none
         C_padded=padded(model["C"]),
         D_padded=padded(model["D"]),
         inner_padded=padded(model["inner"]),

@@ -41,6 +41,7 @@ class Shape(NamedTuple):
     vocabulary: int
     window: int
     local_window: int
+    lifetime: np.float32  # tokens that a score of 1 is worth, 0 where scores do not age
     slots: int  # of a head, a multiple of 64; window + local_window of them are used
     keys: int  # K of the router, 0 without experts
     experts: int  # k of a token
@@ -55,7 +56,7 @@ class Slots(NamedTuple):
     k: np.ndarray  # (L, M, slots / 64, D, 64), float32, or uint16 for bfloat16, as bytes
     v: np.ndarray  # (L, M, slots, D_padded), likewise
     s: np.ndarray  # (L, M, slots) float32, −∞ where nothing is
-    ranks: np.ndarray  # (L, M, slots) int64: place on the grid · 2⁴⁰ + arrival
+    ranks: np.ndarray  # (L, M, slots) int64: place · 2³² + arrival, as in ``models.cache_layer``
 
 
 class Work(NamedTuple):

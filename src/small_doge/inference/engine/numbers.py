@@ -10,8 +10,9 @@ from .jit import compiled
 from .jit import compiled_in_any_order as _any_order
 from .vectors import as_bits, as_float
 
-ARRIVALS = 1 << 40  # as in ``models.cache_layer``
+ARRIVALS = 1 << 32  # as in ``models.cache_layer``
 RECENT = 1 << 62
+LONGEST = 1 << 19  # as in ``ops.dynamic_mask.window``
 
 
 @compiled
@@ -109,6 +110,14 @@ def grid(s):
     bits = as_bits(s + np.float32(0.0))
     ordered = np.int64(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
     return (ordered + ((1 << 31) + (1 << 10))) >> 11
+
+
+@compiled
+def aged_place(s, lifetime, arrival):
+    """``ops.dynamic_mask.window.places`` of one key: its score s ≥ 0 in tokens, and its arrival, int64."""
+    bits = (np.int64(as_bits(s + np.float32(0.0))) + (1 << 10)) >> 11 << 11
+    worth = np.floor(as_float(np.int32(bits)) * lifetime)
+    return np.int64(min(worth, np.float32(LONGEST))) + arrival + 1
 
 
 @compiled

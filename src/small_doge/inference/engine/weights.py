@@ -128,6 +128,7 @@ def description(config: Any) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "window": config.keep_window_size,
         "local_window": config.local_window,
+        "lifetime": config.score_lifetime or 0.0,
         "keys": config.num_keys if config.is_moe else 0,
         "experts": config.num_experts_per_tok if config.is_moe else 0,
         "eps": config.rms_norm_eps,

@@ -7,6 +7,7 @@ releases), Tq queries that are the last Tq of Tk keys, D head size.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -17,11 +18,12 @@ from .folded import folded
 from .packed import packed, takes_heads
 from .reference import reference, visible_keys
 from .sparse import DTYPES, LARGEST_HEAD, sparse
-from .window import eviction_times, ranks
+from .window import aged, eviction_times, ranks
 
 __all__ = [
     "FORCE",
     "PATHS",
+    "aged",
     "choose_path",
     "chunked",
     "decode",
@@ -52,6 +54,7 @@ def dynamic_mask_attention(
     documents: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     local_window: int = 0,
+    rank_by: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -71,6 +74,7 @@ def dynamic_mask_attention(
         mask: (B, 1, Tq, Tk) bool in place of the two: True where a query may see a key, causality included. Costs
             memory that grows with Tq · Tk.
         local_window: the last ``local_window`` keys stay visible whatever their score.
+        rank_by: (B, M, Tk) floating point: what W(i) is chosen by in place of s, see :func:`aged`.
         dropout_p: probability of dropping an attention weight.
         return_weights: also return the attention weights.
 
@@ -82,6 +86,8 @@ def dynamic_mask_attention(
             variable ``DOGE_ATTENTION`` names does not exist or cannot compute this call.
     """
     _check(q, k, v, s, window, local_window, key_mask, documents, mask)
+    if rank_by is not None and rank_by.shape != s.shape:
+        raise ValueError(f"rank_by has shape {tuple(rank_by.shape)}, expected that of the scores, {tuple(s.shape)}")
     described = key_mask is not None or documents is not None
     path, _ = choose_path(
         q, k, window,
@@ -89,7 +95,8 @@ def dynamic_mask_attention(
         dropout_p=dropout_p, return_weights=return_weights,
     )  # fmt: skip
     if path in ("chunked", "sparse"):
-        e = eviction_times(s, window, key_mask=key_mask, documents=documents, local_window=local_window)
+        by = s if rank_by is None else rank_by
+        e = eviction_times(by, window, key_mask=key_mask, documents=documents, local_window=local_window)
         most = min(window + local_window, k.shape[2]) + (key_mask is not None)  # a padded position also sees itself
         if path == "sparse":
             return sparse(q, k, v, s, e, most), None
@@ -101,7 +108,8 @@ def dynamic_mask_attention(
         mask = visible_keys(q.shape[2], k.shape[2], q.device, key_mask, documents)
     if path == "folded":
         return folded(q, k, v, s, mask=mask, dropout_p=dropout_p), None
-    return reference(q, k, v, s, window, mask=mask, local_window=local_window, dropout_p=dropout_p)
+    options: dict[str, Any] = {"local_window": local_window, "rank_by": rank_by, "dropout_p": dropout_p}
+    return reference(q, k, v, s, window, mask=mask, **options)
 
 
 def choose_path(

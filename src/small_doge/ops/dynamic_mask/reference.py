@@ -53,6 +53,7 @@ def reference(
     *,
     mask: torch.Tensor | None = None,
     local_window: int = 0,
+    rank_by: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`small_doge.ops.dynamic_mask.dynamic_mask_attention`.
@@ -62,7 +63,8 @@ def reference(
     """
     (_, H, Tq, D), Tk = q.shape, k.shape[2]
     visible = visible_keys(Tq, Tk, q.device) if mask is None else mask
-    kept = kept_keys(s, visible, window, local_window).repeat_interleave(H // s.shape[1], dim=1)  # (B, H, Tq, Tk)
+    kept = kept_keys(s if rank_by is None else rank_by, visible, window, local_window)
+    kept = kept.repeat_interleave(H // s.shape[1], dim=1)  # (B, H, Tq, Tk)
     k, v, s = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v, s))
     compute = torch.promote_types(q.dtype, torch.float32)
     logits = (q @ k.transpose(-1, -2)).to(compute) / D**0.5 + s[:, :, None, :].to(compute)

@@ -25,6 +25,53 @@ def grid(s: torch.Tensor) -> torch.Tensor:
     return (ordered.long() + ((1 << 31) + (1 << 10))) >> 11  # round away the last 11 of 23 mantissa bits; positive
 
 
+LONGEST = 1 << 19  # tokens that a score may be worth: what it is capped at
+# Places on the grid that floats are made for, less that of zero: from the smallest normal one, since smaller ones may
+# be flushed to zero, to the largest.
+NORMAL, LARGEST = 1 << 12, 0x7F7FF800 >> 11
+AT_ONCE = LARGEST - NORMAL - LONGEST  # tokens that can be ranked by such floats
+
+
+def places(s: torch.Tensor, ages: torch.Tensor, lifetime: float) -> torch.Tensor:
+    """⌊s · lifetime⌋ + age + 1: scores and ages (…, T) → int64 above 0, by which keys rank if their scores age.
+
+    The age is how many tokens came before. A score that is higher by 1 makes up for ``lifetime`` of them, for all keys
+    alike, so which of two is better never changes, and a key that has left the window never returns. Whole numbers are
+    exact at any position, so a text is ranked alike wherever it begins; scores are first rounded as on the
+    :func:`grid`, and worth at most ``LONGEST`` tokens.
+    """
+    bits = ((s.detach().float() + 0.0).view(torch.int32).long() + (1 << 10)) >> 11 << 11  # s ≥ 0, 12 bits of mantissa
+    worth = (bits.int().view(torch.float32) * lifetime).floor().clamp(max=LONGEST)
+    return worth.long() + ages + 1
+
+
+def as_scores(place: torch.Tensor) -> torch.Tensor:
+    """Float32 numbers (…, T) that rank like whole numbers (…, T), to be given in place of scores.
+
+    Each stands at its place on the :func:`grid`, so that nothing is rounded; what is a million behind the largest ties.
+    """
+    shifted = place - place.amax(-1, keepdim=True) + LARGEST
+    return (shifted.clamp(min=NORMAL) << 11).int().view(torch.float32)
+
+
+def aged(s: torch.Tensor, lifetime: float, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """What keys are ranked by in place of their scores if these age: (B, M, T) → float32, see :func:`places`.
+
+    Args:
+        s: scores ≥ 0.
+        lifetime: tokens that a score of 1 is worth.
+        key_mask: (B, T) bool, False for padding, which makes nothing older.
+
+    Raises:
+        ValueError: for more than ``AT_ONCE`` tokens, some 516,000.
+    """
+    T = s.shape[-1]
+    if T > AT_ONCE:
+        raise ValueError(f"{T:,} tokens at once with a score_lifetime, expected at most {AT_ONCE:,}")
+    ages = torch.arange(T, device=s.device) if key_mask is None else key_mask.cumsum(-1)[:, None]
+    return as_scores(places(s, ages, lifetime))
+
+
 def ranks(s: torch.Tensor) -> torch.Tensor:
     """Order the keys of each head: scores (..., T) → distinct ranks ≥ 0 (..., T), int64; a larger rank is kept longer.
 

@@ -251,9 +251,11 @@ def _retrieve_backward(dscores: torch.Tensor, indices: torch.Tensor, logits: tor
     """dlogits; of logits only the shape and the dtype matter."""
     dlogits = torch.empty_like(logits)
     (N, SLOTS), K = indices.shape, logits.shape[1] // 2
-    kernels = _kernels()
+    kernels, KEYS = _kernels(), _power(K)
+    # A warp unrolls WIDE · KEYS elements: at 1,024 · 32 compiling took over four minutes.
+    WIDE = min(_power(SLOTS), max(1, 4096 // KEYS))
     kernels.retrieve_backward[(N,)](
-        dscores.contiguous(), indices, dlogits, K, SLOTS=SLOTS, WIDE=_power(SLOTS), KEYS=_power(K), num_warps=1
+        dscores.contiguous(), indices, dlogits, K, SLOTS=SLOTS, WIDE=WIDE, KEYS=KEYS, num_warps=1
     )
     return dlogits
 

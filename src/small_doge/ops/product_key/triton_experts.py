@@ -237,14 +237,16 @@ def retrieve_backward(
     K,
     SLOTS: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: a logit gets what the scores get that it is a part of."""
+    """One program a token, WIDE slots at a time: a logit gets what the scores get that it is a part of."""
     n = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, WIDE)
     key = tl.arange(0, KEYS)
-    expert = tl.load(indices + n * SLOTS + slot, mask=slot < SLOTS, other=0).to(tl.int32)
-    d = tl.load(dscores + n * SLOTS + slot, mask=slot < SLOTS, other=0.0)
-    dx = tl.sum(tl.where((expert // K)[:, None] == key[None, :], d[:, None], 0.0), 0)
-    dy = tl.sum(tl.where((expert % K)[:, None] == key[None, :], d[:, None], 0.0), 0)
+    dx, dy = tl.zeros([KEYS], tl.float32), tl.zeros([KEYS], tl.float32)
+    for first in range(0, SLOTS, WIDE):
+        slot = first + tl.arange(0, WIDE)
+        expert = tl.load(indices + n * SLOTS + slot, mask=slot < SLOTS, other=0).to(tl.int32)
+        d = tl.load(dscores + n * SLOTS + slot, mask=slot < SLOTS, other=0.0)
+        dx += tl.sum(tl.where((expert // K)[:, None] == key[None, :], d[:, None], 0.0), 0)
+        dy += tl.sum(tl.where((expert % K)[:, None] == key[None, :], d[:, None], 0.0), 0)
     at = dlogits + n * 2 * K + key
     tl.store(at, dx.to(dlogits.dtype.element_ty), mask=key < K)
     tl.store(at + K, dy.to(dlogits.dtype.element_ty), mask=key < K)
