@@ -30,7 +30,7 @@ demo: $(TRAIN)
 
 test: $(DEV)
 	$(BIN)/python -m ruff check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(DEV)
 	$(BIN)/python -m ruff check

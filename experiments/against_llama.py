@@ -6,7 +6,7 @@
 Kinds: ``doge``; ``llama``, with the same width, layers, heads and SwiGLU; ``no bias`` is a Doge whose A stays 0, so
 that every score is the same: plain attention; ``no residual weights`` one whose residuals stay 1; ``no q/k norm`` that
 of the first releases; ``window 512`` keeps a quarter of the row. Learning rates are swept for Doge and Llama; the parts
-are left out at Doge's published rate. Each is scored on the same held-out rows.
+are left out at Doge's best. Each is scored on the same held-out rows.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def report(rows: list[Row]) -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Curves at the published rate; held-out bits per byte against the rate; what leaving out a part costs."""
+    """Curves at the best rate of each; held-out bits per byte against the rate; what leaving out a part costs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,31 +109,36 @@ def draw(rows: list[Row], path: Path) -> None:
 
     size = rows[0]["size"]
     rows = [row for row in rows if row["size"] == size]
-    published = RATES[size][0]
+    found = ends(rows)
     figure, (curves, rates, parts) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for kind, color in COLORS.items():
-        mine = [r for r in rows if r["kind"] == kind and float(r["learning_rate"]) == published]
+        swept = sorted((rate, v) for (_, k, rate), v in found.items() if k == kind)
+        _, best = min((statistics.fmean(values), rate) for rate, values in swept)
+        mine = [r for r in rows if r["kind"] == kind and float(r["learning_rate"]) == best]
         for i, seed in enumerate(dict.fromkeys(r["seed"] for r in mine)):
             line = [(float(r["tokens"]) / 1e6, float(r["loss"])) for r in mine if r["seed"] == seed]
-            curves.plot(*zip(*line, strict=True), color=color, label=None if i else kind, linewidth=1)
-        swept = sorted((rate, v) for (_, k, rate), v in ends(rows).items() if k == kind)
+            curves.plot(*zip(*line, strict=True), color=color, label=None if i else f"{kind}, {best:g}", linewidth=1)
         for rate, values in swept:
             rates.plot([rate] * len(values), values, "o", color=color, markersize=4)
         means = [statistics.fmean(values) for _, values in swept]
         rates.plot([rate for rate, _ in swept], means, color=color, label=kind)
     curves.set_ylim(top=min(7.0, curves.get_ylim()[1]))
-    curves.set(xlabel="million tokens", ylabel="training loss, nats a token", title=f"{size}, rate {published:g}")
+    curves.set(xlabel="million tokens", ylabel="training loss, nats a token", title=f"{size}, each at its best rate")
     rates.set(xlabel="peak learning rate", ylabel="held-out bits per byte", title="the rate", xscale="log")
-    found = ends(rows)
-    shown = [k for k in (DOGE, *WITHOUT, LLAMA) if (size, k, published) in found]
+    ticks = sorted({rate for _, kind, rate in found if kind in COLORS})
+    rates.set_xticks(ticks, [f"{1e3 * rate:g}e-3" for rate in ticks])
+    rates.set_xticks([], minor=True)
+    measured = [rate for _, kind, rate in found if kind in WITHOUT]
+    rate = max(measured, key=measured.count, default=ticks[0])
+    shown = [k for k in (DOGE, *WITHOUT, LLAMA) if (size, k, rate) in found]
     for i, kind in enumerate(shown):
-        values = found[size, kind, published]
+        values = found[size, kind, rate]
         color = (COLORS | WITHOUT)[kind]
         parts.plot(values, [i] * len(values), "o", color=color, alpha=0.6)
         parts.plot([statistics.fmean(values)] * 2, [i - 0.3, i + 0.3], color=color, linewidth=2)
     parts.set_yticks(range(len(shown)), shown)
     parts.invert_yaxis()
-    parts.set(xlabel="held-out bits per byte, a dot a seed", title=f"parts left out, rate {published:g}")
+    parts.set(xlabel="held-out bits per byte, a dot a seed", title=f"parts left out, rate {rate:g}")
     curves.legend(frameon=False)
     rates.legend(frameon=False)
     save(figure, path, f"Same rows in the same order, {rows[0]['device']}")

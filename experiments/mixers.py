@@ -4,6 +4,8 @@ Embeddings, norms, SwiGLU, residuals and the head stay Doge's, so that models di
 
 - ``dma``: Dynamic Mask Attention as it is; a query sees the ``window`` keys with the best scores.
 - ``dma_local``: the same, and the last ``window`` / 4 keys stay visible whatever their score.
+- ``dma_aged``: Dynamic Mask Attention whose scores age: one that is higher by 1 makes up for as many tokens as the
+  longest row has.
 - ``full``: the same with A held at zero and a window over the whole row, which is plain causal attention.
 - ``sliding``: A held at zero. All keys tie and the newer one wins, so a query sees the last ``window`` keys.
 - ``query_topk``: a query sees the ``window`` keys it agrees with most. They are chosen anew for each query, which costs
@@ -37,8 +39,8 @@ from small_doge.models import DogeConfig
 from small_doge.models.modeling_doge import DogeAttention, DogeRMSNorm
 from small_doge.models.rotary import rotate
 
-MIXERS = ("dma", "dma_local", "full", "sliding", "query_topk", "ssd", "based")
-WINDOWED = ("dma", "dma_local", "sliding", "query_topk")  # those that have a window to choose
+MIXERS = ("dma", "dma_local", "full", "sliding", "query_topk", "ssd", "based", "dma_aged")
+WINDOWED = ("dma", "dma_local", "dma_aged", "sliding", "query_topk")  # those that have a window to choose
 BASED_WINDOW = 64
 STATE, EXPAND, KERNEL = 128, 2, 4  # Mamba-2's
 FEATURES = 16  # size of a query and a key before Based's feature map
@@ -49,6 +51,8 @@ def build(mixer: str, recipe: RecallRecipe) -> Any:
     """A fresh Doge of the recipe's sizes with this mixer in its layers."""
     if mixer == "dma_local" and recipe.keep_window_size:
         recipe = replace(recipe, local_window=recipe.keep_window_size // 4)
+    if mixer == "dma_aged":
+        recipe = replace(recipe, score_lifetime=float(max(recipe.lengths)))
     model = build_doge(recipe)
     for i, layer in enumerate(model.model.layers):
         if mixer in ("full", "sliding"):
@@ -57,7 +61,7 @@ def build(mixer: str, recipe: RecallRecipe) -> Any:
             layer.self_attn = QueryTopK(model.config, i).apply(model._init_weights)
         elif mixer in ("ssd", "based"):
             layer.self_attn = (SSD if mixer == "ssd" else Based)(model.config, i)
-        elif mixer not in ("dma", "dma_local"):
+        elif mixer not in ("dma", "dma_local", "dma_aged"):
             raise ValueError(f"mixer is {mixer!r}, expected one of {', '.join(MIXERS)}")
     return model
 

@@ -48,7 +48,8 @@ PAIRS = 0.125  # of the length
 PURPLE = "#CC79A7"
 AXIS = 64  # the width at which the window varies, and whose scores are kept
 EVERY = 7  # one position in so many has its score in the CSV: odd, so that keys and values both do
-STYLE = dict(zip(MIXERS, zip((BLUE, PURPLE, GREY, SKY, ORANGE, RED, GREEN), "oXsD^vP", strict=True), strict=True))
+COLORS = (BLUE, PURPLE, GREY, SKY, ORANGE, RED, GREEN, "#000000")
+STYLE = dict(zip(MIXERS, zip(COLORS, "oXsD^vP*", strict=True), strict=True))
 # Published (Wonderful Matrices, arXiv:2412.11834): accuracy by length, at these widths; NaN where none is shown.
 PAPER_WIDTHS = (32, 64, 128, 256)
 PAPER: dict[str, dict[int, tuple[float, ...]]] = {

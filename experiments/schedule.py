@@ -7,7 +7,8 @@ Length: a cosine needs a run of its own for each number of steps. Warmup, stable
 checkpoint is decayed for the last fifth; rows are a function of seed and step, so a whole run of that length, which is
 what is made here, is the same. Going on: half as many steps again on text of another kind, the rate at its peak and
 then decayed over the last fifth. From the stable checkpoint everything goes on, moments too (as `--continue_from`
-does); a decayed model, or the end of a cosine, starts again with fresh moments and a short warmup (as `--model` does).
+does); a decayed model, or the end of a cosine, starts again with fresh moments and a short warmup (as `--model` does),
+the decayed one also without any, at the full rate from the first step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from points import BLUE, GREEN, ORANGE, Point, Row, parser, save, study
+from points import BLUE, GREEN, ORANGE, RED, Point, Row, parser, save, study
 from runs import WARMUP, held_out, train
 
 from small_doge.data.packing import PackedTokens
@@ -26,7 +27,9 @@ from small_doge.models import DogeForCausalLM, config_for
 
 WSD, COSINE = "warmup, stable, decay", "cosine"
 STABLE, DECAYED, ANNEALED = "from the stable checkpoint", "from the decayed model", "from the end of the cosine"
-COLORS = {WSD: BLUE, COSINE: ORANGE, STABLE: BLUE, DECAYED: GREEN, ANNEALED: ORANGE}
+COLD = "from the decayed model, no warmup"
+GOING_ON = (STABLE, DECAYED, ANNEALED, COLD)
+COLORS = {WSD: BLUE, COSINE: ORANGE, STABLE: BLUE, DECAYED: GREEN, ANNEALED: ORANGE, COLD: RED}
 REWARMUP = 20  # steps
 BEFORE = 20  # logged losses that a running mean is over
 
@@ -76,9 +79,9 @@ def measure(point: Point) -> list[Row]:
             cosine if kind in (COSINE, ANNEALED) else {}
         ))  # fmt: skip
         rows = found.log
-        if kind in (DECAYED, ANNEALED):
+        if kind in GOING_ON:
             rows[-1]["eval_loss"] = round(found.eval_loss, 4)
-            again = settings | {"decay_steps": more // 5, "warmup_steps": REWARMUP}
+            again = settings | {"decay_steps": more // 5, "warmup_steps": 0 if kind == COLD else REWARMUP}
             found = train(model, Then([(old, 0), *later], seed), new_validation, steps=more, **again)
             rows += [row | {"step": row["step"] + steps} for row in found.log]
     rows = [{name: row[name] for name in ("step", "loss", "eval_loss") if name in row} for row in rows]
@@ -94,7 +97,7 @@ def points_of(args: Any) -> list[Point]:
     settings = {name: getattr(args, name) for name in names}
     found = []
     for seed in args.seeds:
-        found += [(kind, max(args.lengths), seed) for kind in (STABLE, DECAYED, ANNEALED)]
+        found += [(kind, max(args.lengths), seed) for kind in GOING_ON]
         found += [(kind, steps, seed) for steps in args.lengths for kind in (WSD, COSINE)]
     return [{"kind": kind, "steps": steps, "seed": seed} | settings for kind, steps, seed in found]
 
@@ -128,7 +131,7 @@ def report(rows: list[Row]) -> None:
             ]
             if losses:
                 print(f"{steps:>5} steps, {kind:<22} held out {', '.join(f'{x:.4f}' for x in losses)}")
-    for kind in (STABLE, DECAYED, ANNEALED):
+    for kind in GOING_ON:
         for seed in seeds:
             if mine := one(rows, kind, lengths[-1], seed):
                 last, (deviations, over) = mine[-1], jump(mine, lengths[-1])
@@ -163,7 +166,7 @@ def draw(rows: list[Row], path: Path) -> None:
     ends.set(xlabel="steps", ylabel="held-out loss, nats a token", title="the same length, two schedules")
     ends.set_xticks(lengths)
     steps = lengths[-1]
-    for kind in (STABLE, DECAYED, ANNEALED):
+    for kind in GOING_ON:
         if mine := one(rows, kind, steps, seeds[0]):
             line = [(int(r["step"]) - steps, float(r["loss"])) for r in mine if int(r["step"]) > 0.75 * steps]
             label = f"{kind}: {float(mine[-1]['new_eval_loss']):.3f} held out"

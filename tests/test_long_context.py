@@ -66,6 +66,42 @@ def test_a_row_is_the_same_for_the_same_seed():
     assert not torch.equal(sown([2048])[0]["input_ids"], sown([2048], seed=2)[0]["input_ids"])
 
 
+class Data(list):
+    """Rows as PackedTokens gives them, alike but for the first token; each goes on from a row before."""
+
+    row_length, manifest = 2048, {"vocab_size": VOCABULARY}
+
+    def __init__(self, count):
+        row, documents = row_of([700, 40, 900], 408)
+        position = np.arange(2048) - np.searchsorted(documents, documents) + 300 * (documents == 0)
+        row["position_ids"] = torch.from_numpy(position)
+        super().__init__({name: x.clone() for name, x in row.items()} for _ in range(count))
+        for i, one in enumerate(self):
+            one["input_ids"][0] = i
+
+
+def test_short_texts_come_first_and_begin_anew():
+    data = Data(3)
+    rows = long_context.Sown(data, seed=1, count=8, pairs=8, short=64, short_count=2)
+    assert len(rows) == 8
+    assert [rows[i]["input_ids"].shape for i in (0, 1, 2, 7)] == [(32, 64), (32, 64), (1, 2048), (1, 2048)]
+    order = [int(rows[i]["input_ids"][0, 0]) for i in range(6)]
+    assert sorted(order[:3]) == sorted(order[3:]) == [0, 1, 2]
+    short, before = rows[0], data[order[0]]
+    for name in short:
+        assert torch.equal(short[name], rows[0][name]), "a row is the same each time"
+    positions, was = short["position_ids"], before["position_ids"].view(32, 64)
+    assert (positions[:, 0] == 0).all()
+    assert torch.equal(positions.diff(dim=-1) == 1, was.diff(dim=-1) == 1), "documents begin where they began"
+    begun = positions == torch.arange(64)
+    assert torch.equal(torch.where(begun, positions, was), positions)
+    changed = (short["input_ids"] != before["input_ids"].view(32, 64)).sum(-1)
+    assert (changed[:11] > 0).all(), "each text has needles of its own"
+    assert torch.equal(before["input_ids"], Data(3)[order[0]]["input_ids"]), "the row itself was written to"
+    with pytest.raises(ValueError, match="rows of 2,048 are cut into texts of 100"):
+        long_context.Sown(data, seed=1, count=8, pairs=8, short=100, short_count=2)
+
+
 def test_distances_are_spread_over_all_scales():
     starts = np.concatenate([sown([8192], seed=seed)[2] for seed in range(20)])
     distance = starts[:, 1] - starts[:, 0]

@@ -231,11 +231,12 @@ def test_a_run_leaves_its_figures_and_its_folder_measures_the_same(tmp_path, cap
 
 
 def test_a_seed_gives_the_same_losses_and_llama_is_as_large(tmp_path):
-    recipe = small(tmp_path, steps=3, keep_window_size=16, local_window=4)
+    recipe = small(tmp_path, steps=3, keep_window_size=16, local_window=4, score_lifetime=50.0)
     losses = [[loss.item() for _, loss in train(build(recipe), recipe)] for _ in range(2)]
     assert losses[0] == losses[1]
     doge, llama = build(recipe), build(small(tmp_path, model="llama"))
-    assert (doge.config.keep_window_size, doge.config.local_window) == (16, 4)
+    config = doge.config
+    assert (config.keep_window_size, config.local_window, config.score_lifetime) == (16, 4, 50)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (doge, llama)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
     llama.save_pretrained(tmp_path / "llama")

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from small_doge.models import DogeForCausalLM, config_for, projections
-from small_doge.ops.dynamic_mask import FORCE, decode, eviction_times, folded, packed, reference, sparse, visible_keys
+from small_doge.ops.dynamic_mask import (
+    FORCE,
+    aged,
+    decode,
+    eviction_times,
+    folded,
+    packed,
+    reference,
+    sparse,
+    visible_keys,
+)
 from small_doge.ops.dynamic_mask.decode import replace_worst
 from small_doge.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -166,6 +176,11 @@ def test_eviction_times_are_the_same_on_both_devices(window):
     s[1] = (s[1] * 20).floor()  # ties
     poison()
     assert torch.equal(eviction_times(s.cuda(), window).cpu(), eviction_times(s, window))
+    s = s.exp()
+    for lifetime in (1.0, 500.0, 1e6):
+        by = aged(s, lifetime)
+        assert torch.equal(aged(s.cuda(), lifetime).cpu(), by)
+        assert torch.equal(eviction_times(by.cuda(), window).cpu(), eviction_times(by, window))
 
 
 def test_sparse_gives_the_same_bits_where_it_says_so():

@@ -52,6 +52,9 @@ class RecallRecipe:
     num_attention_heads: int = described("heads", 2)
     keep_window_size: int | None = described("keys a query of Doge keeps (default: all of the longest row)")
     local_window: int = described("last keys that Doge keeps whatever their score", 0)
+    score_lifetime: float | None = described(
+        "tokens of age that a score higher by 1 makes up for (default: any number)"
+    )
     steps: int = described("optimiser steps", 1500)
     tokens_per_step: int = described("positions a step sees, in rows of one length", 4096)
     learning_rate: float = described("AdamW's peak rate", 3e-3)
@@ -90,8 +93,8 @@ class RecallRecipe:
             raise ValueError("expected `test_rows` of at least 2, and `measurements` and `seed` of at least 0")
         if self.vocab_size is not None and self.vocab_size < 4:
             raise ValueError(f"`vocab_size` is {self.vocab_size}, expected at least 4")
-        if self.model == "llama" and (self.keep_window_size is not None or self.local_window):
-            raise ValueError("`keep_window_size` and `local_window` are Doge's, and `model` is llama")
+        if self.model == "llama" and (self.keep_window_size is not None or self.local_window or self.score_lifetime):
+            raise ValueError("`keep_window_size`, `local_window` and `score_lifetime` are Doge's, and `model` is llama")
 
 
 def recall(recipe: RecallRecipe) -> Path:
@@ -138,6 +141,7 @@ def recall(recipe: RecallRecipe) -> Path:
         "num_hidden_layers": model.config.num_hidden_layers,
         "keep_window_size": getattr(model.config, "keep_window_size", None),
         "local_window": getattr(model.config, "local_window", None),
+        "score_lifetime": getattr(model.config, "score_lifetime", None),
         "learning_rate": recipe.learning_rate if trains else None,
         "seed": recipe.seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -307,7 +311,8 @@ def build(recipe: RecallRecipe) -> Any:
     }
     window = longest if recipe.keep_window_size is None else recipe.keep_window_size
     try:
-        config = DogeConfig(**sizes, keep_window_size=window, local_window=recipe.local_window)
+        options = {"local_window": recipe.local_window, "score_lifetime": recipe.score_lifetime}
+        config = DogeConfig(**sizes, keep_window_size=window, **options)
     except ValueError as error:
         raise UserError(str(error)) from error
     torch.manual_seed(recipe.seed)
