@@ -45,6 +45,7 @@ NAMES = {DMA: "DMA", FULL: "full attention", WINDOW: "sliding window"}
 COLORS = {DMA: BLUE, FULL: GREY, WINDOW: ORANGE}
 KEPT, AGED = GREEN, RED  # DMA whose last keys stay, or whose scores age
 LINES = ("-", "--", ":", "-.")
+KINDS = "full;window:1024;dma:1024;dma:1024:0:32768;dma:512:512;dma:1024:1024;window:2048"
 SETTINGS = ("size", "steps", "short_steps", "short", "rows", "micro_batches", "learning_rate", "pairs", "tests", "data")
 
 SIZE = 5  # of a needle: marker, two of the key, two of the value
@@ -391,14 +392,14 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     args = parser(__doc__, Path(__file__).with_suffix(".csv"))
     args.add_argument("--data", default="runs/long/data", help="folder of `doge prepare`; its rows are the context")
-    args.add_argument("--kinds", default="full;dma:1024;window:1024;dma:1024:512;dma:2048;window:2048;dma:512")
+    args.add_argument("--kinds", default=KINDS)
     args.add_argument("--size", default="20m")
-    args.add_argument("--steps", type=int, default=760)
+    args.add_argument("--steps", type=int, default=1100)
     args.add_argument("--rows", type=int, default=2, help="rows of a micro-batch")
     args.add_argument("--micro_batches", type=int, default=1)
     args.add_argument("--learning_rate", type=float, default=2e-3)
     args.add_argument("--pairs", type=int, default=256, help="needles and questions of a training row")
-    args.add_argument("--short_steps", type=int, default=400, help="first steps, whose rows are cut into short texts")
+    args.add_argument("--short_steps", type=int, default=800, help="first steps, whose rows are cut into short texts")
     args.add_argument("--short", type=int, default=1024, help="tokens of a short text")
     args.add_argument("--tests", type=int, default=128, help="haystacks of each length")
     args.add_argument("--seeds", type=int, nargs="+", default=[233])

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,32 +64,80 @@ def cells(page, *first):
     """The rows of a page's tables whose first cell begins with one of some words, as lists of numbers."""
     lines = [line.replace("**", "") for line in (PAGES / page).read_text("utf-8").splitlines() if line.startswith("|")]
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [[float(cell.rstrip("M")) for cell in row[1:]] for word in first for row in found if row[0].startswith(word)]
+    asked = [row[1:] for word in first for row in found if row[0].startswith(word)]
+    return [[float(re.sub(r" ?(M|MiB|ms)$", "", cell)) for cell in row] for row in asked]
 
 
 def test_the_page_on_recall_has_the_figures_of_the_csv():
     rows = points.read_csv(EXPERIMENTS / "recall_study.csv")
-    said = cells("recall.md", "full", "the 512 keys", "DMA", "sliding", "Mamba-2", "Based")
-    mixers = ("full", "query_topk", "dma", "sliding", "ssd", "based")
+    said = cells(
+        "recall.md", "full", "the 512", "DMA, the 512", "DMA, and", "sliding window of 512", "Mamba-2", "Based"
+    )
+    mixers = ("full", "query_topk", "dma", "dma_local", "sliding", "ssd", "based")
     for mixer, numbers in zip(mixers, said, strict=True):
         window = recall_study.window_of(mixer, 512, [2048])
         measured = [recall_study.best(rows, mixer, width, window, 2048)[0] for width in (32, 64, 128, 256)]
+        assert numbers == pytest.approx(measured, abs=0.0051), mixer
+    windows = (64, 128, 256, 512, 1024, 2048)
+    for mixer, numbers in zip(
+        ("dma", "sliding"), cells("recall.md", "DMA, filler", "sliding window of w"), strict=True
+    ):
+        measured = [recall_study.best(rows, mixer, 64, window, 2048)[0] for window in windows]
         assert numbers == pytest.approx(measured, abs=0.0051), mixer
 
 
 def test_the_pages_on_llama_and_experts_have_the_figures_of_the_csvs():
     ends = against_llama.ends(points.read_csv(EXPERIMENTS / "against_llama.csv"))
-    rates = (4e-3, 8e-3, 1.6e-2)
-    for rate, numbers in zip(rates, cells("against_llama.md", "4e-3", "8e-3", "1.6e-2"), strict=True):
-        measured = [sum(ends["20m", kind, rate]) / len(ends["20m", kind, rate]) for kind in ("doge", "llama")]
-        assert numbers == pytest.approx(measured, abs=5.1e-4)
+    rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+    for rate, (*numbers, seeds) in zip(
+        rates, cells("against_llama.md", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3"), strict=True
+    ):
+        measured = [ends["20m", kind, rate] for kind in ("doge", "llama")]
+        assert numbers == pytest.approx([statistics.fmean(values) for values in measured], abs=5.1e-4)
+        assert [len(values) for values in measured] == [seeds, seeds]
+    said = cells("against_llama.md", "nothing", "the score", "residual weights", "q and k norm", "three quarters")
+    for kind, (bits,) in zip((against_llama.DOGE, *against_llama.WITHOUT), said, strict=True):
+        assert bits == pytest.approx(statistics.fmean(ends["20m", kind, 1e-3]), abs=5.1e-4), kind
     last = experts_quality.last(points.read_csv(EXPERIMENTS / "experts_quality.csv"))
-    said = cells("experts.md", "dense 20m", "top-k mixture", "CDMoE:")
-    for kind, (total, active, loss) in zip(("dense", "top-k MoE", "CDMoE"), said, strict=True):
-        (row,) = last[kind, 8e-3]
-        assert total == pytest.approx(int(row["parameters"]) / 1e6, abs=0.06)
-        assert active == pytest.approx(int(row["active_parameters"]) / 1e6, abs=0.06)
-        assert loss == pytest.approx(float(row["eval_loss"]), abs=6e-4)
+    said = cells("experts.md", "dense 20m", "top-k mixture", "CDMoE:", "dense, stopped", "the same, grown")
+    kinds = ("dense", "top-k MoE", "CDMoE", "dense, twice", "CDMoE, grown")
+    for kind, (total, active, loss) in zip(kinds, said, strict=True):
+        rows = last[kind, 1e-3]
+        assert total == pytest.approx(int(rows[0]["parameters"]) / 1e6, abs=0.06)
+        assert active == pytest.approx(int(rows[0]["active_parameters"]) / 1e6, abs=0.06)
+        assert loss == pytest.approx(statistics.fmean(float(row["eval_loss"]) for row in rows), abs=6e-4)
+        assert len(rows) == 2
+
+
+def test_the_page_on_long_contexts_has_the_figures_of_the_csvs():
+    def found(name, key, measure):
+        kinds = long_context.by_kind(points.read_csv(EXPERIMENTS / name))
+        return [*long_context.means(kinds[key], measure, lambda row: float(row["position_from"] or 0)).values()]
+
+    longest = 32768
+    kinds = {
+        "full attention": ("full", longest, 0, 0), "sliding window of 1,024": ("window", 1024, 0, 0),
+        "sliding window of 2,048": ("window", 2048, 0, 0), "DMA as published, w": ("dma", 1024, 0, 0),
+        "DMA, w = 1,024, lifetime": ("dma", 1024, 0, longest), "DMA, w = 512": ("dma", 512, 512, 0),
+        "DMA, w = 1,024, and": ("dma", 1024, 1024, 0),
+    }  # fmt: skip
+    for words, key in kinds.items():
+        held_out, first, late, ms, mib = cells("long_context.md", words)[0]
+        positions = found("long_context.csv", key, "loss_by_position")
+        assert [held_out] == pytest.approx(found("long_context.csv", key, "eval_loss"), abs=6e-4)
+        assert [first, late] == pytest.approx([positions[0], positions[-1]], abs=6e-4)
+        rows = long_context.by_kind(points.read_csv(EXPERIMENTS / "long_context.csv"))[key]
+        at_end = {row["measure"]: float(row["value"]) for row in rows if row["length"] == str(longest)}
+        assert [ms, mib] == pytest.approx([at_end["forward_ms"], at_end["cache_bytes"] / 2**20], abs=0.51)
+    small = {
+        "full attention": ("full", 1024, 0, 0), "sliding window of 64": ("window", 64, 0, 0),
+        "DMA as published": ("dma", 64, 0, 0), "DMA, lifetime 1,024": ("dma", 64, 0, 1024),
+        "DMA, lifetime 10,000": ("dma", 64, 0, 10000), "DMA of 32": ("dma", 32, 32, 0),
+    }  # fmt: skip
+    for words, key in small.items():
+        assert cells("long_context.md", words)[-1] == pytest.approx(
+            found("long_context_cpu.csv", key, "eval_loss"), abs=6e-4
+        )
 
 
 def test_the_page_on_the_schedule_has_the_figures_of_the_csv():

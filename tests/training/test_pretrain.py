@@ -188,6 +188,13 @@ def test_it_starts_from_a_model_folder(arguments, tmp_path):
     assert windows == [(16, 4, 24), (8, 4, 24)]
 
 
+def test_rows_that_have_outgrown_the_window_are_told_of(arguments, tmp_path, capsys):
+    for field, told in ({}, True), ({"score_lifetime": 32}, False), ({"local_window": 1}, False):
+        pretrain(arguments(output_dir=str(tmp_path / str(field)), max_steps=1, keep_window_size=4, **field))
+        said = "rows of 32 tokens are far longer than the window of 4 keys" in capsys.readouterr().out
+        assert said == told
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [

@@ -52,9 +52,7 @@ class RecallRecipe:
     num_attention_heads: int = described("heads", 2)
     keep_window_size: int | None = described("keys a query of Doge keeps (default: all of the longest row)")
     local_window: int = described("last keys that Doge keeps whatever their score", 0)
-    score_lifetime: float | None = described(
-        "tokens of age that a score higher by 1 makes up for (default: any number)"
-    )
+    score_lifetime: float | None = described("tokens of age that a score higher by 1 makes up for (default: for ever)")
     steps: int = described("optimiser steps", 1500)
     tokens_per_step: int = described("positions a step sees, in rows of one length", 4096)
     learning_rate: float = described("AdamW's peak rate", 3e-3)
@@ -309,10 +307,10 @@ def build(recipe: RecallRecipe) -> Any:
         "max_position_embeddings": longest,
         "tie_word_embeddings": True,
     }
-    window = longest if recipe.keep_window_size is None else recipe.keep_window_size
+    window: dict[str, Any] = {"local_window": recipe.local_window, "score_lifetime": recipe.score_lifetime}
+    window["keep_window_size"] = longest if recipe.keep_window_size is None else recipe.keep_window_size
     try:
-        options = {"local_window": recipe.local_window, "score_lifetime": recipe.score_lifetime}
-        config = DogeConfig(**sizes, keep_window_size=window, **options)
+        config = DogeConfig(**sizes, **window)
     except ValueError as error:
         raise UserError(str(error)) from error
     torch.manual_seed(recipe.seed)

@@ -171,6 +171,8 @@ def attention_pictures(folder: Path, sentence: str) -> tuple[dict[str, Figure], 
         f"decides what stays in sight: of all tokens so far a query sees the {window:,} keys with the largest score, "
         "the newer one on a tie. "
     )
+    if model.config.score_lifetime:
+        note += f"A score higher by 1 makes up for {model.config.score_lifetime:g} tokens of age. "
     if len(ids) <= window:
         note += f"This text has {len(ids)} tokens, so here the window keeps every key, and only the future is white."
     else:

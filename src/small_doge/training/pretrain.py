@@ -42,6 +42,7 @@ from .schedule import Schedule, set_schedule, steps_in
 from .watching import attention_statistics, require_reporters
 
 RUN_FILE = "run.json"
+OUTGROWN = 8  # windows in a row: with 4 a model learns without ageing, with 16 and 32 it does not (docs/studies)
 
 
 def pretrain(args: PretrainArguments) -> Path:
@@ -320,6 +321,13 @@ def _announce(
             f"({epochs:.2f} epochs), about {memory / 2**20:,.0f} MiB on {args.device}",
             flush=True,
         )
+        w, config = model.config.keep_window_size, model.config
+        if row_length >= OUTGROWN * w and not (config.score_lifetime or config.local_window):
+            print(
+                f"rows of {row_length:,} tokens are far longer than the window of {w:,} keys, in which models have not "
+                f"learnt here: try `score_lifetime: {row_length}`",
+                flush=True,
+            )
         if checkpoint:
             print(f"continuing from {checkpoint}", flush=True)
         elif start:
