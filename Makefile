@@ -30,7 +30,7 @@ demo: $(TRAIN)
 
 test: $(DEV)
 	$(BIN)/python -m ruff check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(DEV)
 	$(BIN)/python -m ruff check
