@@ -80,6 +80,10 @@ def test_a_folder_grows_with_all_that_is_in_it(folder, tmp_path, capsys):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     new = {name.split("mlp.")[1] for name in after.keys() - before.keys()}
     assert new == {"router_gate.weight", "down_embed.weight", "up_embed.weight"}
+    written_at = (out / "model.safetensors").stat().st_mtime_ns
+    assert cli.main(["upcycle", str(folder), str(out), "--num_experts", "64", "--num_experts_per_tok", "4"]) == 0
+    assert f"found {out}: " in capsys.readouterr().out
+    assert (out / "model.safetensors").stat().st_mtime_ns == written_at
 
 
 @torch.no_grad()
@@ -173,7 +177,8 @@ MISTAKES = {
     "no such folder": (["--model", "nowhere"], "model nowhere does not exist, expected the folder of a Doge model"),
     "no model": (["--model", "empty"], "is a folder without a config.json"),
     "another model": (["--model", "llama"], "is of type 'llama', expected 'doge'"),
-    "taken": (["--output_dir", "llama"], "output folder llama is not empty; choose another"),
+    "taken": (["--output_dir", "llama"], "output folder llama holds files that are not of this run; choose another"),
+    "another one": (["--output_dir", "moe", "--num_experts", "16"], "`model` is None there and 'dense' here"),
     "a file": (["--output_dir", "file"], "output folder file is a file"),
     "fewer": (["--model", "moe", "--num_experts", "4"], "num_experts is 4, expected more than the 16 that"),
     "as many": (["--model", "moe", "--num_experts", "16"], "num_experts is 16, expected more than the 16 that"),
@@ -209,5 +214,8 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(desk, mistake, monkeypatch
 
 
 def test_in_python_mistakes_are_errors_of_ours(desk):
+    dense = load_model(desk / "dense")
+    with pytest.raises(UserError, match="holds a model already, expected an empty folder"):
+        upcycle(dense, desk / "moe", num_experts=16)
     with pytest.raises(UserError, match="perfect square"):
         small_doge.upcycle(desk / "dense", num_experts=60)

@@ -67,11 +67,12 @@ def upcycle_folder(recipe: UpcycleRecipe) -> None:
         UserError: as :func:`upcycle`.
     """
     out, k = recipe.output_dir, recipe.num_experts_per_tok
+    found = (Path(out) / artifacts.STAGE_FILE).exists()
     after = upcycle(recipe.model, out, num_experts=recipe.num_experts, num_experts_per_tok=k, seed=recipe.seed)
     parameters = sum(p.numel() for p in after.parameters())
     print(
-        f"wrote {out}: {parameters:,} parameters, {after.config.num_experts:,} experts a layer, "
-        f"{after.config.num_experts_per_tok} a token"
+        f"{'found' if found else 'wrote'} {out}: {parameters:,} parameters, "
+        f"{after.config.num_experts:,} experts a layer, {after.config.num_experts_per_tok} a token"
     )
     ids = torch.randint(after.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(recipe.seed))
     with torch.no_grad():
@@ -92,7 +93,8 @@ def upcycle(
     Args:
         dense: a dense model, or one with fewer experts, or the folder of one. It stays as it is.
         out: folder to write the new model to, whole or not at all, with the tokenizer and all else of the folder
-            ``dense`` that is neither weights nor a record of their training.
+            ``dense`` that is neither weights nor a record of their training. One that holds this very model, grown
+            from the same folder, is read again.
         num_experts: experts N of a layer, a perfect square.
         num_experts_per_tok: experts k of a token. None: √N / 4 for a dense model, as in the published sizes; from K to
             L keys an axis, ⌊L/K⌋ times the k before, which all but keeps the outputs.
@@ -100,11 +102,9 @@ def upcycle(
 
     Raises:
         UserError: if ``dense`` is no Doge language model, there are as many experts already, N or k cannot be, ``out``
-            is a file or a folder with files in it, or the disk is too small.
+            is a file or a folder with anything else in it, or the disk is too small.
     """
     started = time.perf_counter()
-    if out is not None:
-        _require_empty(Path(out))
     if isinstance(dense, DogeForCausalLM):
         before, folder = dense, None
     elif not os.path.isdir(dense):
@@ -112,6 +112,12 @@ def upcycle(
     else:
         before, folder = load_model(dense), Path(dense)
     config = _grown_config(before.config, num_experts, num_experts_per_tok)
+    settings = {"model": None if folder is None else str(folder), "seed": seed}
+    settings |= {"num_experts": num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    if out is not None and artifacts.is_finished(Path(out), "upcycle", settings):
+        if folder is None:
+            raise UserError(f"output folder {out} holds a model already, expected an empty folder")
+        return load_model(Path(out))
     after = _grow(before, config, seed)
     if out is not None:
         size = sum(p.numel() * p.element_size() for p in after.parameters())
@@ -120,17 +126,8 @@ def upcycle(
             after.save_pretrained(partial)
             if folder is not None:
                 _copy_the_rest(folder, partial)
-            settings = {"model": None if folder is None else str(folder), "seed": seed}
-            settings |= {"num_experts": num_experts, "num_experts_per_tok": config.num_experts_per_tok}
             artifacts.finish(partial, "upcycle", settings, time.perf_counter() - started)
     return after
-
-
-def _require_empty(out: Path) -> None:
-    if out.is_file():
-        raise UserError(f"output folder {out} is a file")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"output folder {out} is not empty; choose another")
 
 
 def _grown_config(old: DogeConfig, num_experts: int, k: int | None) -> DogeConfig:
