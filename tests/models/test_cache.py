@@ -168,7 +168,8 @@ def test_the_slots_hold_what_a_heap_holds(values, window, local_window, lifetime
         for head in range(2):
             order = [(grid(s[0, head, j]).item(), j) for j in range(start)]
             if lifetime:
-                order = [(math.floor(round(s[0, head, j].item(), 3) * lifetime) + j, j) for j in range(start)]
+                ages = real[0].cumsum(0).tolist() if padded else range(start)  # padding makes nothing older
+                order = [(math.floor(round(s[0, head, j].item(), 3) * lifetime) + ages[j], j) for j in range(start)]
             best = {j for _, j in heapq.nlargest(window, (order[j] for j in range(start) if real[0, j]))}
             best |= {j for j in range(max(0, start - local_window), start) if real[0, j]}
             seen = held.arrivals[0, head] if visible is None else held.arrivals[0, head][visible[0, head]]
