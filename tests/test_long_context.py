@@ -12,9 +12,10 @@ from small_doge.models import DogeForCausalLM, config_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import long_context
+import needles
 
 VOCABULARY = 1024
-SIZE = long_context.SIZE
+SIZE = needles.SIZE
 
 
 def row_of(lengths, padding=0):
@@ -31,7 +32,7 @@ def row_of(lengths, padding=0):
 
 def sown(lengths, padding=0, seed=1, pairs=16):
     row, documents = row_of(lengths, padding)
-    starts, made = long_context.sow(row, np.random.default_rng(seed), pairs, VOCABULARY)
+    starts, made = needles.sow(row, np.random.default_rng(seed), pairs, VOCABULARY)
     return row, documents, starts, made
 
 
@@ -82,7 +83,7 @@ class Data(list):
 
 def test_short_texts_come_first_and_begin_anew():
     data = Data(3)
-    rows = long_context.Sown(data, seed=1, count=8, pairs=8, short=64, short_count=2)
+    rows = needles.Sown(data, seed=1, count=8, pairs=8, short=64, short_count=2)
     assert len(rows) == 8
     assert [rows[i]["input_ids"].shape for i in (0, 1, 2, 7)] == [(32, 64), (32, 64), (1, 2048), (1, 2048)]
     order = [int(rows[i]["input_ids"][0, 0]) for i in range(6)]
@@ -99,7 +100,7 @@ def test_short_texts_come_first_and_begin_anew():
     assert (changed[:11] > 0).all(), "each text has needles of its own"
     assert torch.equal(before["input_ids"], Data(3)[order[0]]["input_ids"]), "the row itself was written to"
     with pytest.raises(ValueError, match="rows of 2,048 are cut into texts of 100"):
-        long_context.Sown(data, seed=1, count=8, pairs=8, short=100, short_count=2)
+        needles.Sown(data, seed=1, count=8, pairs=8, short=100, short_count=2)
 
 
 def test_distances_are_spread_over_all_scales():
@@ -107,15 +108,15 @@ def test_distances_are_spread_over_all_scales():
     distance = starts[:, 1] - starts[:, 0]
     shares = np.histogram(np.log2(distance), [2, 5, 7, 9, 11, 13])[0] / len(distance)
     assert (shares > 0.1).all(), shares
-    assert len(np.unique(distance % long_context.SLOT)) == long_context.SLOT
+    assert len(np.unique(distance % needles.SLOT)) == needles.SLOT
 
 
 def test_a_haystack_asks_for_the_needle_of_each_depth():
     row = np.arange(2000) % 700
-    ids, asked = long_context.haystack(row, 512, np.random.default_rng(3), VOCABULARY)
+    ids, asked = needles.haystack(row, 512, np.random.default_rng(3), VOCABULARY)
     assert len(ids) == 512
     assert sorted(asked) == list(range(512 - 6 * SIZE, 512, SIZE))
-    for depth, at in zip(long_context.DEPTHS, asked, strict=True):
+    for depth, at in zip(needles.DEPTHS, asked, strict=True):
         needle = ids[at : at + SIZE]
         first = int(np.flatnonzero((ids[:-2] == needle[0]) & (ids[1:-1] == needle[1]) & (ids[2:] == needle[2]))[0])
         assert (ids[first : first + SIZE] == needle).all()
@@ -143,11 +144,11 @@ def test_losses_by_position_are_those_of_all_logits():
 @torch.no_grad()
 def test_recall_is_read_at_the_value_and_only_there():
     model = tiny()
-    made = [long_context.haystack(np.arange(300), 128, np.random.default_rng(i), VOCABULARY) for i in range(2)]
+    made = [needles.haystack(np.arange(300), 128, np.random.default_rng(i), VOCABULARY) for i in range(2)]
     ids, asked = (torch.from_numpy(np.stack(x)) for x in zip(*made, strict=True))
     log_p = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-    right, nats = long_context.recalled(model, ids, asked)
-    for b, n in np.ndindex(2, len(long_context.DEPTHS)):
+    right, nats = needles.recalled(model, ids, asked)
+    for b, n in np.ndindex(2, len(needles.DEPTHS)):
         at = int(asked[b, n])
         wanted = [-log_p[b, at + i, ids[b, at + i + 1]].item() for i in (2, 3)]
         assert nats[b, n].item() == pytest.approx(sum(wanted) / 2, abs=1e-5)
