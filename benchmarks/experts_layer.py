@@ -4,6 +4,7 @@ Contenders, in turn, in one run, 16,384 tokens, bfloat16 parameters and inputs, 
 parameters:
 
     ours, ours compiled     DogeCDMoE of small_doge.models: SwiGLU, router, retrieval, experts; torch.compile
+    ours in chunks, …       the same with chunk_size_feed_forward: the SwiGLU some tokens at a time, computed twice
     transformers, … compiled  DogeCDMoE of transformers
     dense MLP compiled      the SwiGLU alone, a part of both
 
@@ -47,7 +48,7 @@ from small_doge.ops.product_key import experts, route
 
 fused: Any = importlib.import_module("small_doge.ops.product_key.fused")
 
-OURS, THEIRS, MLP = "ours", "transformers", "dense MLP"
+OURS, CHUNKS, THEIRS, MLP = "ours", "ours in chunks", "transformers", "dense MLP"
 COMPILED = " compiled"
 FLUSH = 2**28  # bytes, larger than the L2 cache of any GPU
 
@@ -66,15 +67,18 @@ BARS = dict(zip(SIZES, [0.8, 1.3, 2.2, 3.5], strict=True))  # milliseconds of ou
 LARGEST_SHARE = 0.25  # of the peak memory of transformers' compiled
 
 
-def layers(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The three layers with random weights; those of ours and transformers' have the same names."""
+def layers(size: Size, device: torch.device, dtype: torch.dtype, chunk_size: int = 0) -> dict[str, Any]:
+    """The layers with random weights; those of ours and transformers' have the same names."""
     fields: dict[str, Any] = {"hidden_size": size.C, "intermediate_size": size.intermediate, "num_experts": size.E}
     fields |= {"num_experts_per_tok": size.k, "is_moe": True, "num_attention_heads": 1, "num_key_value_heads": 1}
     torch.manual_seed(0)
     ours, config = DogeCDMoE(DogeConfig(**fields)), transformers.DogeConfig(**fields)
+    chunks = DogeCDMoE(DogeConfig(**fields, chunk_size_feed_forward=chunk_size))
     theirs, mlp = published.DogeCDMoE(config), published.DogeMLP(config)
-    theirs.load_state_dict(ours.state_dict())
-    return {name: layer.to(device, dtype) for name, layer in ((OURS, ours), (THEIRS, theirs), (MLP, mlp))}
+    for layer in (chunks, theirs):
+        layer.load_state_dict(ours.state_dict())
+    named = {OURS: ours, CHUNKS: chunks, THEIRS: theirs, MLP: mlp}
+    return {name: layer.to(device, dtype) for name, layer in named.items()}
 
 
 def training(layer: Any, x: torch.Tensor, do: torch.Tensor) -> Callable[[], object]:
@@ -133,7 +137,7 @@ def measure(size: Size, args: argparse.Namespace, device: torch.device, rate: tu
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     torch._dynamo.reset()
-    made = layers(size, device, dtype)
+    made = layers(size, device, dtype, args.chunk_size)
     x = torch.randn(-(-args.tokens // 2048), min(args.tokens, 2048), size.C, device=device, dtype=dtype)
     x, do = x.requires_grad_(), torch.randn_like(x)
     N = x.shape[0] * x.shape[1]
@@ -235,12 +239,12 @@ def report(rows: list[Row]) -> None:
     for size, row in grouped.items():
         if size not in BARS:
             continue
-        ours, theirs = row.get(OURS + COMPILED), row.get(THEIRS + COMPILED)
-        share = number(ours, "peak_gib") / number(theirs, "peak_gib")
-        bars = [("ms", number(ours, "ms"), BARS[size]), ("memory / transformers'", share, LARGEST_SHARE)]
-        for label, value, limit in bars:  # a NaN has missed
-            what = f"{', '.join(map(str, size))}: {OURS + COMPILED}, {label}"
-            print(f"  {what:<62} {value:>8.4f} <= {limit:<6} {'ok' if value <= limit else 'MISSED'}")
+        for name in (OURS + COMPILED, CHUNKS + COMPILED):
+            share = number(row.get(name), "peak_gib") / number(row.get(THEIRS + COMPILED), "peak_gib")
+            bars = [("ms", number(row.get(name), "ms"), BARS[size]), ("memory / transformers'", share, LARGEST_SHARE)]
+            for label, value, limit in bars:  # a NaN has missed
+                what = f"{', '.join(map(str, size))}: {name}, {label}"
+                print(f"  {what:<70} {value:>8.4f} <= {limit:<6} {'ok' if value <= limit else 'MISSED'}")
 
 
 # Choices that --tune times for each field of fused.Tiles.
@@ -343,6 +347,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="", help='"C,intermediate,E,k;…", or numbers of the four sizes, "1;4"')
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--chunk_size", type=int, default=4096, help="tokens of a chunk of the SwiGLU")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--flushes", type=int, default=40, help="how often the cache is overwritten before each step")
     parser.add_argument("--skip", default="", help="contenders to leave out, comma-separated")

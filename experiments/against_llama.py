@@ -5,8 +5,9 @@
 
 Kinds: ``doge``; ``llama``, with the same width, layers, heads and SwiGLU; ``no bias`` is a Doge whose A stays 0, so
 that every score is the same: plain attention; ``no residual weights`` one whose residuals stay 1; ``no q/k norm`` that
-of the first releases; ``window 512`` keeps a quarter of the row. Learning rates are swept for Doge and Llama; the parts
-are left out at Doge's best. Each is scored on the same held-out rows.
+of the first releases; ``documents together`` gets a row as one text, as Llama does; ``window 512`` keeps a quarter of
+the row; and ``none of the first four``, which should be a Llama, tells whether anything else is different. Learning
+rates are swept for Doge and Llama; the parts are left out at Doge's best. Each is scored on the same held-out rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from points import BLUE, GREEN, ORANGE, RED, SKY, Point, Row, build, parser, save, study
+from points import BLUE, GREEN, GREY, ORANGE, RED, SKY, Point, Row, build, parser, save, study
 from runs import WARMUP, train
 
 from small_doge.data.packing import PackedTokens
@@ -24,7 +25,9 @@ from small_doge.models import config_for
 
 DOGE, LLAMA = "doge", "llama"
 COLORS = {DOGE: BLUE, LLAMA: ORANGE}
-WITHOUT = {"no bias": SKY, "no residual weights": GREEN, "no q/k norm": RED, "window 512": "#CC79A7"}
+PARTS = {"no bias": SKY, "no residual weights": GREEN, "no q/k norm": RED, "documents together": "#B8A500"}
+NONE = "none of the first four"
+WITHOUT = PARTS | {"window 512": "#CC79A7", NONE: GREY}
 RATES = {"20m": (8e-3, 4e-3, 2e-3, 1e-3, 5e-4), "60m": (6e-3, 3e-3, 1.5e-3)}  # the published one, and lower ones
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's distribution, by the number of seeds
 
@@ -33,12 +36,12 @@ def model_of(kind: str, config: Any) -> Any:
     """A fresh model of a kind; what a kind leaves out stays at its start."""
     if kind == "window 512":
         config.keep_window_size = 512
-    if kind == "no q/k norm":
-        config.qk_norm = False
+    without = PARTS if kind == NONE else (kind,)
+    config.qk_norm = "no q/k norm" not in without
     model = build("transformers Llama" if kind == LLAMA else "ours", config)
     for name, parameter in model.named_parameters():
-        frozen = kind == "no bias" and name.endswith(".A")
-        frozen |= kind == "no residual weights" and name.endswith("_residual")
+        frozen = "no bias" in without and name.endswith(".A")
+        frozen |= "no residual weights" in without and name.endswith("_residual")
         parameter.requires_grad_(not frozen)
     return model
 
@@ -54,7 +57,8 @@ def measure(point: Point) -> list[Row]:
     model = model_of(point["kind"], config)
     parameters = sum(p.numel() for p in model.parameters())
     settings = {name: point[name] for name in ("steps", "rows", "micro_batches", "learning_rate", "seed")}
-    found = train(model, data, validation, warmup_steps=point["warmup"], **settings)
+    apart = point["kind"] not in (LLAMA, "documents together", NONE)
+    found = train(model, data, validation, documents_apart=apart, warmup_steps=point["warmup"], **settings)
     rows: list[Row] = [{"parameters": parameters} | row for row in found.log]
     rows[-1] |= found.figures
     return rows

@@ -41,7 +41,8 @@ COLORS = {DMA: BLUE, FULL: GREY, WINDOW: ORANGE}
 KEPT, AGED = GREEN, RED  # DMA whose last keys stay, or whose scores age
 LINES = ("-", "--", ":", "-.")
 KINDS = "full;window:1024;dma:1024;dma:1024:0:32768;dma:512:512;dma:1024:1024;window:2048"
-SETTINGS = ("size", "steps", "short_steps", "short", "rows", "micro_batches", "learning_rate", "pairs", "tests", "data")
+SETTINGS = ("size", "steps", "short_steps", "short", "density", "rows", "micro_batches", "learning_rate", "pairs")
+SETTINGS += ("tests", "data")
 
 ROWS = 8  # of a batch as long as training rows
 FIRST = 64  # where the first bucket of losses ends; each after it ends at twice the position
@@ -166,7 +167,8 @@ def measure(point: Point) -> list[Row]:
     data, validation = (PackedTokens(point["data"], split, check=False) for split in ("train", "validation"))
     per_step = point["rows"] * point["micro_batches"]
     counts = {"count": point["steps"] * per_step, "short_count": point["short_steps"] * per_step}
-    sown = Sown(data, point["seed"], pairs=point["pairs"], short=point["short"], **counts)
+    counts |= {name: point[name] for name in ("pairs", "short", "density")}
+    sown = Sown(data, point["seed"], **counts)
     torch.manual_seed(point["seed"])
     model = model_of(point, data.manifest).to(this_device())
     settings = {name: point[name] for name in ("steps", "rows", "micro_batches", "learning_rate", "seed")}
@@ -291,6 +293,7 @@ def main() -> None:
     args.add_argument("--pairs", type=int, default=256, help="needles and questions of a training row")
     args.add_argument("--short_steps", type=int, default=800, help="first steps, whose rows are cut into short texts")
     args.add_argument("--short", type=int, default=1024, help="tokens of a short text")
+    args.add_argument("--density", type=int, default=32, help="tokens of a short text for each of its needles")
     args.add_argument("--tests", type=int, default=128, help="haystacks of each length")
     args.add_argument("--seeds", type=int, nargs="+", default=[233])
     options = args.parse_args()

@@ -22,7 +22,6 @@ SIZE = 5  # of a needle: marker, two of the key, two of the value
 SLOT = 2 * SIZE  # a needle of a training row stands anywhere within one of these, so that distances take all values
 POOL = 512  # tokens that keys are made of, and as many for values
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # from the question back to the needle, in parts of the length
-SHORT_DENSITY = 32  # tokens of a short text for each needle with its question, ten of them
 
 
 def needles(rng: np.random.Generator, count: int, vocab_size: int) -> np.ndarray:
@@ -74,14 +73,17 @@ class Sown:
         pairs: needles and questions of a whole row.
         short: tokens of a short text, T / short of them in a row.
         short_count: rows that are cut.
+        density: tokens of a short text for each needle with its question, ten of them.
     """
 
-    def __init__(self, data: PackedTokens, seed: int, count: int, pairs: int, short: int, short_count: int):
+    def __init__(
+        self, data: PackedTokens, seed: int, count: int, pairs: int, short: int, short_count: int, density: int
+    ):
         if data.row_length % short:
             raise ValueError(f"rows of {data.row_length:,} are cut into texts of {short:,}, expected a divisor")
         orders = [np.random.default_rng([seed, i]).permutation(len(data)) for i in range(-(-count // len(data)))]
         self.data, self.seed, self.order = data, seed, np.concatenate(orders)[:count]
-        self.pairs, self.short, self.short_count = pairs, short, short_count
+        self.pairs, self.short, self.short_count, self.density = pairs, short, short_count, density
 
     def __len__(self) -> int:
         return len(self.order)
@@ -90,7 +92,7 @@ class Sown:
         """(1, T), or (T / short, short)."""
         row, rng = self.data[int(self.order[index])], np.random.default_rng([self.seed, index])
         cut = index < self.short_count
-        length, pairs = (self.short, self.short // SHORT_DENSITY) if cut else (self.data.row_length, self.pairs)
+        length, pairs = (self.short, self.short // self.density) if cut else (self.data.row_length, self.pairs)
         texts = {name: x.view(-1, length).clone() for name, x in row.items()}
         positions = texts["position_ids"]
         begun = (positions == torch.arange(length) + positions[:, :1]).cumprod(-1).bool()

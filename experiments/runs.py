@@ -96,24 +96,25 @@ def train(
     learning_rate: float,
     seed: int,
     decay_steps: int | None = None,
+    documents_apart: bool = True,
     **arguments: Any,
 ) -> Run:
     """Train a model in place, and score it on held-out rows.
 
-    In bfloat16 and compiled layer by layer on a GPU. Warmup in the first 100 steps, decay in the last fifth. A Doge
-    sees documents apart; a model of transformers' gets a row as one text, as it is usually trained. Tokens that begin
-    a document carry no loss for either.
+    In bfloat16 and compiled layer by layer on a GPU. Warmup in the first 100 steps, decay in the last fifth. A model of
+    transformers' gets a row as one text, as it is usually trained. Tokens that begin a document carry no loss.
 
     Args:
         data: rows as :class:`PackedTokens` gives them.
         rows: of a micro-batch.
         decay_steps: 0 leaves the model in the stable stage.
+        documents_apart: no document of a row sees another; False gives a Doge a row as one text too.
         arguments: of :class:`PretrainArguments`, in place of those here.
     """
     device, row_length = this_device(), validation.manifest["row_length"]
     gpu, ours = device.type == "cuda", isinstance(model, DogePreTrainedModel)
     decay = schedule_options(steps, steps // 5 if decay_steps is None else decay_steps, "linear", 0.0)
-    kept = ("input_ids", "labels", "position_ids") if ours else ("input_ids", "labels")
+    kept = ("input_ids", "labels", *(["position_ids"] if ours and documents_apart else []))
 
     batch_of = partial(_batch_of, kept)
     torch._dynamo.reset()

@@ -89,6 +89,7 @@ def test_a_mask_ratio_that_looks_ahead_is_refused():
         ({"num_attention_heads": 8, "num_key_value_heads": 2, "mask_heads": 3}, "mask_heads is 3, expected 2 .* or 8"),
         ({"sliding_window": 128}, "sliding_window is 128, expected null"),
         ({"local_window": -1}, "local_window is -1, expected 0 or more"),
+        ({"chunk_size_feed_forward": -1}, "chunk_size_feed_forward is -1, expected 0 or more"),
         ({"score_lifetime": 0}, "score_lifetime is 0, expected 1 to 1e9 tokens, or null"),
         ({"score_lifetime": -1.5}, "score_lifetime is -1.5, expected 1 to 1e9 tokens, or null"),
         ({"score_lifetime": float("inf")}, "score_lifetime is inf, expected 1 to 1e9 tokens, or null"),

@@ -40,6 +40,31 @@ def test_a_layer_is_the_formula(model):
     assert loss is None
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("chunk", [1, 8, 20, 21, 64])
+def test_tokens_in_chunks_are_the_same_and_keep_nothing_of_the_swiglu(make_model, chunk, compiled):
+    """21 tokens in chunks of 8 leave one of 5. Nothing as wide as the SwiGLU waits for the backward pass."""
+    whole = make_model(torch.float64, **EXPERTS).model.layers[0].mlp.train()
+    parts = make_model(torch.float64, **EXPERTS, chunk_size_feed_forward=chunk).model.layers[0].mlp.train()
+    x = torch.randn(3, 7, 48, dtype=torch.float64, requires_grad=True)
+    do = torch.randn(3, 7, 48, dtype=torch.float64)
+    found, kept = [], []
+    for layer in (whole, parts):
+        widths = []
+        torch.compiler.reset()
+        run = torch.compile(layer, backend="aot_eager") if compiled and layer is parts else layer
+        seen = lambda t, widths=widths: widths.append(t.shape) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(seen, lambda t: t):
+            out = run(x, balanced=True)[0]
+        found.append((out, *torch.autograd.grad(out, [x, *layer.parameters()], do)))
+        kept.append(any(shape[:-1].numel() > 1 and shape[-1] in (64, 128) and 48 not in shape for shape in widths))
+        with torch.no_grad():
+            assert torch.allclose(layer(x)[0], out, rtol=1e-12, atol=1e-12)
+    for got, expected in zip(*found, strict=True):
+        assert (got - expected).norm() <= 1e-12 * expected.norm()
+    assert kept == [True, chunk >= 21]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("B", [1, 3])
 def test_a_single_token_gives_the_logits_of_transformers(model, tmp_path, B):

@@ -30,6 +30,8 @@ class DogeConfig(PreTrainedConfig):
         mask_heads: heads that A and Wdt give scores for: G (None means that), or H in the first releases.
         max_position_embeddings: trained length; RoPE scaling of type ``dynamic`` starts beyond it.
         rope_parameters: transformers' RoPE parameters, such as ``{"rope_type": "default", "rope_theta": 10000.0}``.
+        chunk_size_feed_forward: tokens of a batch that the SwiGLU takes at a time, computed again in the backward pass:
+            less memory for more time; 0 takes all at once.
         is_moe: a Cross Domain Mixture of Experts beside the SwiGLU of every layer.
         num_experts: experts N of a layer, a perfect square K².
         num_experts_per_tok: experts k that a token is sent to.
@@ -136,6 +138,8 @@ class DogeConfig(PreTrainedConfig):
             raise ValueError(f"local_window is {self.local_window}, expected 0 or more")
         if self.score_lifetime is not None and not 1 <= self.score_lifetime <= 1e9:
             raise ValueError(f"score_lifetime is {self.score_lifetime}, expected 1 to 1e9 tokens, or null")
+        if self.chunk_size_feed_forward < 0:
+            raise ValueError(f"chunk_size_feed_forward is {self.chunk_size_feed_forward}, expected 0 or more")
         if self.sliding_window is not None:
             raise ValueError(f"sliding_window is {self.sliding_window}, expected null: keep_window_size is the window")
         if self.is_moe:
