@@ -28,7 +28,8 @@ COLORS = {DOGE: BLUE, LLAMA: ORANGE}
 PARTS = {"no bias": SKY, "no residual weights": GREEN, "no q/k norm": RED, "documents together": "#B8A500"}
 NONE = "none of the first four"
 WITHOUT = PARTS | {"window 512": "#CC79A7", NONE: GREY}
-RATES = {"20m": (8e-3, 4e-3, 2e-3, 1e-3, 5e-4), "60m": (6e-3, 3e-3, 1.5e-3)}  # the published one, and lower ones
+RATES = {"20m": (8e-3, 4e-3, 2e-3, 1e-3, 5e-4), "60m": (4e-3, 2e-3, 1e-3, 5e-4)}  # published: 8e-3 and 6e-3
+FILLED = {"-": "full", ":": "none"}  # markers of a line
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's distribution, by the number of seeds
 
 
@@ -79,12 +80,12 @@ def points_of(args: Any) -> list[Point]:
     ]
 
 
-def ends(rows: list[Row]) -> dict[tuple[str, str, float], list[float]]:
-    """Held-out bits per byte of each seed, by size, kind and rate."""
-    found: dict[tuple[str, str, float], list[float]] = {}
+def ends(rows: list[Row]) -> dict[tuple[str, str, int, float], list[float]]:
+    """Held-out bits per byte of each seed, by size, kind, steps of warmup and rate."""
+    found: dict[tuple[str, str, int, float], list[float]] = {}
     for row in rows:
         if row["eval_bits_per_byte"]:
-            key = (row["size"], row["kind"], float(row["learning_rate"]))
+            key = (row["size"], row["kind"], int(row["warmup"]), float(row["learning_rate"]))
             found.setdefault(key, []).append(float(row["eval_bits_per_byte"]))
     return found
 
@@ -99,52 +100,75 @@ def interval(values: list[float]) -> str:
 
 
 def report(rows: list[Row]) -> None:
-    """Held-out bits per byte of every kind and rate."""
-    for (size, kind, rate), values in sorted(ends(rows).items()):
-        print(f"{size:>5} {kind:<20} rate {rate:<7g} {interval(values)} bits per byte")
+    """Held-out bits per byte of every kind, warmup and rate."""
+    for (size, kind, warmup, rate), values in sorted(ends(rows).items()):
+        print(f"{size:>5} {kind:<23} warmup {warmup:<4} rate {rate:<7g} {interval(values)} bits per byte")
+
+
+def draw_rates(axes: Any, found: dict[tuple[str, str, int, float], list[float]], size: str) -> None:
+    """Held-out bits per byte against the rate, a line a kind and warmup."""
+    for kind, color in COLORS.items():
+        for warmup, line in zip(sorted({w for s, k, w, _ in found if (s, k) == (size, kind)}), "-:", strict=False):
+            swept = sorted((rate, v) for (s, k, w, rate), v in found.items() if (s, k, w) == (size, kind, warmup))
+            for rate, values in swept:
+                axes.plot([rate] * len(values), values, "o", color=color, markersize=4, fillstyle=FILLED[line])
+            means = [statistics.fmean(values) for _, values in swept]
+            axes.plot([rate for rate, _ in swept], means, line, color=color)
+            style: Any = {"color": color, "marker": "o", "markersize": 4, "fillstyle": FILLED[line]}
+            axes.plot([], [], line, label=f"{kind}, warmup {warmup}", **style)
+    ticks = sorted({rate for s, kind, _, rate in found if s == size and kind in COLORS})
+    axes.set(xlabel="peak learning rate", ylabel="held-out bits per byte", title=f"{size}, the rate", xscale="log")
+    axes.set_xticks(ticks, [f"{1e3 * rate:g}e-3" for rate in ticks])
+    axes.set_xticks([], minor=True)
+    axes.legend(frameon=False, fontsize=9)
+
+
+def draw_parts(axes: Any, found: dict[tuple[str, str, int, float], list[float]], size: str) -> None:
+    """What leaving out a part costs, at the rate and warmup where most were."""
+    measured = [key[2:] for key in found if key[0] == size and key[1] in WITHOUT]
+    warmup, rate = max(measured, key=measured.count)
+    shown = [kind for kind in (DOGE, *WITHOUT, LLAMA) if (size, kind, warmup, rate) in found]
+    for i, kind in enumerate(shown):
+        values, color = found[size, kind, warmup, rate], (COLORS | WITHOUT)[kind]
+        axes.plot(values, [i] * len(values), "o", color=color, alpha=0.6)
+        axes.plot([statistics.fmean(values)] * 2, [i - 0.3, i + 0.3], color=color, linewidth=2)
+    axes.set_yticks(range(len(shown)), shown)
+    axes.invert_yaxis()
+    title = f"{size}, parts left out, rate {rate:g}, warmup {warmup}"
+    axes.set(xlabel="held-out bits per byte, a dot a seed", title=title)
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Curves at the best rate of each; held-out bits per byte against the rate; what leaving out a part costs."""
+    """Of each size curves at the best of each, and bits per byte against the rate; what leaving out a part costs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = rows[0]["size"]
-    rows = [row for row in rows if row["size"] == size]
     found = ends(rows)
-    figure, (curves, rates, parts) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for kind, color in COLORS.items():
-        swept = sorted((rate, v) for (_, k, rate), v in found.items() if k == kind)
-        _, best = min((statistics.fmean(values), rate) for rate, values in swept)
-        mine = [r for r in rows if r["kind"] == kind and float(r["learning_rate"]) == best]
-        for i, seed in enumerate(dict.fromkeys(r["seed"] for r in mine)):
-            line = [(float(r["tokens"]) / 1e6, float(r["loss"])) for r in mine if r["seed"] == seed]
-            curves.plot(*zip(*line, strict=True), color=color, label=None if i else f"{kind}, {best:g}", linewidth=1)
-        for rate, values in swept:
-            rates.plot([rate] * len(values), values, "o", color=color, markersize=4)
-        means = [statistics.fmean(values) for _, values in swept]
-        rates.plot([rate for rate, _ in swept], means, color=color, label=kind)
-    curves.set_ylim(top=min(7.0, curves.get_ylim()[1]))
-    curves.set(xlabel="million tokens", ylabel="training loss, nats a token", title=f"{size}, each at its best rate")
-    rates.set(xlabel="peak learning rate", ylabel="held-out bits per byte", title="the rate", xscale="log")
-    ticks = sorted({rate for _, kind, rate in found if kind in COLORS})
-    rates.set_xticks(ticks, [f"{1e3 * rate:g}e-3" for rate in ticks])
-    rates.set_xticks([], minor=True)
-    measured = [rate for _, kind, rate in found if kind in WITHOUT]
-    rate = max(measured, key=measured.count, default=ticks[0])
-    shown = [k for k in (DOGE, *WITHOUT, LLAMA) if (size, k, rate) in found]
-    for i, kind in enumerate(shown):
-        values = found[size, kind, rate]
-        color = (COLORS | WITHOUT)[kind]
-        parts.plot(values, [i] * len(values), "o", color=color, alpha=0.6)
-        parts.plot([statistics.fmean(values)] * 2, [i - 0.3, i + 0.3], color=color, linewidth=2)
-    parts.set_yticks(range(len(shown)), shown)
-    parts.invert_yaxis()
-    parts.set(xlabel="held-out bits per byte, a dot a seed", title=f"parts left out, rate {rate:g}")
-    curves.legend(frameon=False)
-    rates.legend(frameon=False)
+    sizes = [size for size in RATES if all(any(key[:2] == (size, kind) for key in found) for kind in COLORS)]
+    parts = [size for size in sizes if any(key[0] == size and key[1] in WITHOUT for key in found)]
+    figure, panels = plt.subplots(
+        2, len(sizes) + bool(parts), figsize=(5 * len(sizes) + 5, 7.5), layout="constrained", squeeze=False
+    )
+    for size, (curves, rates) in zip(sizes, panels.T, strict=False):
+        draw_rates(rates, found, size)
+        for kind, color in COLORS.items():
+            swept = [(statistics.fmean(v), w, rate) for (s, k, w, rate), v in found.items() if (s, k) == (size, kind)]
+            _, warmup, best = min(swept)
+            chosen = (size, kind, warmup, best)
+            key = [(r["size"], r["kind"], int(r["warmup"]), float(r["learning_rate"])) for r in rows]
+            mine = [r for r, k in zip(rows, key, strict=True) if k == chosen]
+            for i, seed in enumerate(dict.fromkeys(r["seed"] for r in mine)):
+                line = [(float(r["tokens"]) / 1e6, float(r["loss"])) for r in mine if r["seed"] == seed]
+                label = None if i else f"{kind}, {best:g}, warmup {warmup}"
+                curves.plot(*zip(*line, strict=True), color=color, label=label, linewidth=1)
+        curves.set_ylim(top=min(7.0, curves.get_ylim()[1]))
+        curves.set(xlabel="million tokens", ylabel="training loss, nats a token", title=f"{size}, each at its best")
+        curves.legend(frameon=False, fontsize=9)
+    if parts:
+        draw_parts(panels[0, -1], found, parts[0])
+        panels[1, -1].set_axis_off()
     save(figure, path, f"Same rows in the same order, {rows[0]['device']}")
     plt.close(figure)
 

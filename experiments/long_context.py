@@ -41,8 +41,9 @@ COLORS = {DMA: BLUE, FULL: GREY, WINDOW: ORANGE}
 KEPT, AGED = GREEN, RED  # DMA whose last keys stay, or whose scores age
 LINES = ("-", "--", ":", "-.")
 KINDS = "full;window:1024;dma:1024;dma:1024:0:32768;dma:512:512;dma:1024:1024;window:2048"
-SETTINGS = ("size", "steps", "short_steps", "short", "density", "rows", "micro_batches", "learning_rate", "pairs")
-SETTINGS += ("tests", "data")
+SETTINGS = ("size", "steps", "stages", "density", "rows", "micro_batches", "learning_rate", "pairs", "tests", "data")
+STAGES = "64:1500 128:200 256:200 512:200 1024:200 4096:200"
+LOADERS = 4  # processes that sow rows of many short texts, which takes longer than a step
 
 ROWS = 8  # of a batch as long as training rows
 FIRST = 64  # where the first bucket of losses ends; each after it ends at twice the position
@@ -166,13 +167,15 @@ def measure(point: Point) -> list[Row]:
     """Train one kind, and all its figures."""
     data, validation = (PackedTokens(point["data"], split, check=False) for split in ("train", "validation"))
     per_step = point["rows"] * point["micro_batches"]
-    counts = {"count": point["steps"] * per_step, "short_count": point["short_steps"] * per_step}
-    counts |= {name: point[name] for name in ("pairs", "short", "density")}
-    sown = Sown(data, point["seed"], **counts)
+    cut = [(int(length), int(steps) * per_step) for length, steps in (x.split(":") for x in point["stages"].split())]
+    counts = {"count": point["steps"] * per_step, "pairs": point["pairs"], "density": point["density"]}
+    sown = Sown(data, point["seed"], stages=cut, **counts)
     torch.manual_seed(point["seed"])
     model = model_of(point, data.manifest).to(this_device())
     settings = {name: point[name] for name in ("steps", "rows", "micro_batches", "learning_rate", "seed")}
-    figures = train(model, sown, validation, train_sampling_strategy="sequential", **settings).figures
+    settings |= {"train_sampling_strategy": "sequential"}
+    settings |= {"dataloader_num_workers": LOADERS if this_device().type == "cuda" else 0}
+    figures = train(model, sown, validation, **settings).figures
     return [figure(name, value) for name, value in figures.items()] + scores(model, point, validation)
 
 
@@ -276,6 +279,8 @@ def draw(rows: list[Row], path: Path) -> None:
     losses.legend(frameon=False, fontsize=8)
     for axes in (losses, recall, speeds, caches):
         axes.set_xscale("log", base=2)
+    if not any(row["measure"] == "forward_ms" for row in rows):  # left out where several kinds shared a GPU
+        speeds.set_axis_off()
     one = rows[-1]
     save(figure, path, f"Doge {one['size']}, {one['steps']} steps on the same rows, {one['device']}")
     plt.close(figure)
@@ -286,14 +291,15 @@ def main() -> None:
     args.add_argument("--data", default="runs/long/data", help="folder of `doge prepare`; its rows are the context")
     args.add_argument("--kinds", default=KINDS)
     args.add_argument("--size", default="20m")
-    args.add_argument("--steps", type=int, default=1100)
+    args.add_argument("--steps", type=int, default=3000)
     args.add_argument("--rows", type=int, default=2, help="rows of a micro-batch")
     args.add_argument("--micro_batches", type=int, default=1)
     args.add_argument("--learning_rate", type=float, default=2e-3)
     args.add_argument("--pairs", type=int, default=256, help="needles and questions of a training row")
-    args.add_argument("--short_steps", type=int, default=800, help="first steps, whose rows are cut into short texts")
-    args.add_argument("--short", type=int, default=1024, help="tokens of a short text")
-    args.add_argument("--density", type=int, default=32, help="tokens of a short text for each of its needles")
+    args.add_argument(
+        "--stages", default=STAGES, help="LENGTH:STEPS …: rows of the first steps are cut into such texts"
+    )
+    args.add_argument("--density", type=int, default=20, help="tokens of a short text for each of its needles")
     args.add_argument("--tests", type=int, default=128, help="haystacks of each length")
     args.add_argument("--seeds", type=int, nargs="+", default=[233])
     options = args.parse_args()

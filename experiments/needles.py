@@ -65,25 +65,26 @@ def sow(
 class Sown:
     """Rows with needles, the first of them cut into short texts of which each has its own; a row is always the same.
 
-    Without the short ones nobody learnt what a needle is in so few steps, full attention included.
+    Without texts of 64 tokens at first nobody learnt what a needle is in two thousand steps, full attention included.
 
     Args:
         data: rows of T tokens.
         count: how many, in a random order that follows from the seed.
         pairs: needles and questions of a whole row.
-        short: tokens of a short text, T / short of them in a row.
-        short_count: rows that are cut.
+        stages: tokens of a short text, T / short of them in a row, and rows that are cut so, one after the other.
         density: tokens of a short text for each needle with its question, ten of them.
     """
 
     def __init__(
-        self, data: PackedTokens, seed: int, count: int, pairs: int, short: int, short_count: int, density: int
+        self, data: PackedTokens, seed: int, count: int, pairs: int, stages: list[tuple[int, int]], density: int
     ):
-        if data.row_length % short:
-            raise ValueError(f"rows of {data.row_length:,} are cut into texts of {short:,}, expected a divisor")
+        for length, _ in stages:
+            if data.row_length % length:
+                raise ValueError(f"rows of {data.row_length:,} are cut into texts of {length:,}, expected a divisor")
         orders = [np.random.default_rng([seed, i]).permutation(len(data)) for i in range(-(-count // len(data)))]
         self.data, self.seed, self.order = data, seed, np.concatenate(orders)[:count]
-        self.pairs, self.short, self.short_count, self.density = pairs, short, short_count, density
+        of_stages = [(length, max(1, length // density)) for length, rows in stages for _ in range(rows)]
+        self.texts = of_stages + [(data.row_length, pairs)] * (count - len(of_stages))
 
     def __len__(self) -> int:
         return len(self.order)
@@ -91,8 +92,7 @@ class Sown:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """(1, T), or (T / short, short)."""
         row, rng = self.data[int(self.order[index])], np.random.default_rng([self.seed, index])
-        cut = index < self.short_count
-        length, pairs = (self.short, self.short // self.density) if cut else (self.data.row_length, self.pairs)
+        length, pairs = self.texts[index]
         texts = {name: x.view(-1, length).clone() for name, x in row.items()}
         positions = texts["position_ids"]
         begun = (positions == torch.arange(length) + positions[:, :1]).cumprod(-1).bool()

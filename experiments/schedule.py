@@ -170,7 +170,9 @@ def draw(rows: list[Row], path: Path) -> None:
         if mine := one(rows, kind, steps, seeds[0]):
             line = [(int(r["step"]) - steps, float(r["loss"])) for r in mine if int(r["step"]) > 0.75 * steps]
             label = f"{kind}: {float(mine[-1]['new_eval_loss']):.3f} held out"
-            curves.plot(*zip(*line, strict=True), color=COLORS[kind], linewidth=1, label=label)
+            curves.plot(
+                *zip(*line, strict=True), color=COLORS[kind], linewidth=1, label=label.removeprefix("from the ")
+            )
     curves.axvline(0, color="#999999", linewidth=0.8)
     curves.set(xlabel="steps on the new text", ylabel="training loss, nats a token", title="going on with new text")
     for axes in (ends, curves):

@@ -49,9 +49,11 @@ def test_no_point_begins_that_would_end_too_late(tmp_path):
     assert points.run([{"x": 3}], measure, args) == []
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=[study.__name__ for study in STUDIES])
-def test_figures_are_drawn_from_the_csv(study, tmp_path, monkeypatch, capsys):
-    there = EXPERIMENTS / f"{study.__name__}.csv"
+DRAWN = [(study, path) for study in STUDIES for path in sorted(EXPERIMENTS.glob(f"{study.__name__}*.csv"))]
+
+
+@pytest.mark.parametrize(("study", "there"), DRAWN, ids=[path.stem for _, path in DRAWN])
+def test_figures_are_drawn_from_the_csv(study, there, tmp_path, monkeypatch, capsys):
     shutil.copyfile(there, tmp_path / there.name)
     monkeypatch.setattr(sys, "argv", [study.__name__, "--draw", "--output", str(tmp_path / there.name)])
     monkeypatch.setattr(study, "measured" if study is recall_study else "measure", None)
@@ -61,11 +63,17 @@ def test_figures_are_drawn_from_the_csv(study, tmp_path, monkeypatch, capsys):
 
 
 def cells(page, *first):
-    """The rows of a page's tables whose first cell begins with one of some words, as lists of numbers."""
+    """The rows of a page's tables whose first cell begins with one of some words: numbers, None, or lists of them."""
     lines = [line.replace("**", "") for line in (PAGES / page).read_text("utf-8").splitlines() if line.startswith("|")]
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     asked = [row[1:] for word in first for row in found if f"{row[0]} |".startswith(word)]
-    return [[float(re.sub(r" ?(M|MiB|ms)$", "", cell)) for cell in row] for row in asked]
+    return [[number(cell) for cell in row] for row in asked]
+
+
+def number(cell):
+    if ", " in cell:
+        return [number(part) for part in cell.split(", ")]
+    return float(re.sub(r" ?(M|MiB|ms)$", "", cell)) if cell else None
 
 
 def test_the_page_on_recall_has_the_figures_of_the_csv():
@@ -78,6 +86,17 @@ def test_the_page_on_recall_has_the_figures_of_the_csv():
         window = recall_study.window_of(mixer, 512, [2048])
         measured = [recall_study.best(rows, mixer, width, window, 2048)[0] for width in (32, 64, 128, 256)]
         assert numbers == pytest.approx(measured, abs=0.0051), mixer
+    mixers = {
+        "full attention": "full", "DMA |": "dma", "DMA, with the last": "dma_local", "DMA, with scores": "dma_aged",
+        "sliding window": "sliding", "Mamba-2 (SSD)": "ssd", "Based": "based",
+    }  # fmt: skip
+    for words, mixer in mixers.items():
+        for width, said in zip((32, 64, 128, 256), cells("recall.md", f"at 3e-3, {words}")[0], strict=True):
+            point = [mixer, width, recall_study.window_of(mixer, 512, [2048]), 3e-3, 2048]
+            names = ("hidden_size", "window", "learning_rate", "length")
+            mine = [row for row in rows if [row["mixer"], *(float(row[name]) for name in names)] == point]
+            measured = [float(row["accuracy"]) for row in sorted(mine, key=lambda row: row["seed"])]
+            assert (said if isinstance(said, list) else [said]) == pytest.approx(measured, abs=0.0051), (words, width)
     windows = (64, 128, 256, 512, 1024, 2048)
     for mixer, numbers in zip(
         ("dma", "sliding"), cells("recall.md", "DMA, filler", "sliding window of w"), strict=True
@@ -88,17 +107,26 @@ def test_the_page_on_recall_has_the_figures_of_the_csv():
 
 def test_the_pages_on_llama_and_experts_have_the_figures_of_the_csvs():
     ends = against_llama.ends(points.read_csv(EXPERIMENTS / "against_llama.csv"))
-    rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-    for rate, (*numbers, seeds) in zip(
-        rates, cells("against_llama.md", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3"), strict=True
-    ):
-        measured = [ends["20m", kind, rate] for kind in ("doge", "llama")]
-        assert numbers == pytest.approx([statistics.fmean(values) for values in measured], abs=5.1e-4)
-        assert [len(values) for values in measured] == [seeds, seeds]
-    said = cells("against_llama.md", "nothing", "the score", "residual weights", "q and k norm", "three quarters")
-    kinds = ("doge", "no bias", "no residual weights", "no q/k norm", "window 512")
-    for kind, (bits,) in zip(kinds, said, strict=True):
-        assert bits == pytest.approx(statistics.fmean(ends["20m", kind, 1e-3]), abs=5.1e-4), kind
+    swept = {
+        "5e-4": ("20m", 100, 5e-4), "1e-3": ("20m", 100, 1e-3), "2e-3": ("20m", 100, 2e-3), "4e-3": ("20m", 100, 4e-3),
+        "8e-3": ("20m", 100, 8e-3), "at 2e-3, with": ("20m", 200, 2e-3), "rate 5e-4": ("60m", 100, 5e-4),
+        "rate 1e-3": ("60m", 100, 1e-3), "rate 2e-3": ("60m", 100, 2e-3), "rate 4e-3": ("60m", 100, 4e-3),
+    }  # fmt: skip
+    for words, (size, warmup, rate) in swept.items():
+        (*bits, seeds) = cells("against_llama.md", words)[0]
+        measured = [ends[size, kind, warmup, rate] for kind in ("doge", "llama")]
+        assert bits == pytest.approx([statistics.fmean(values) for values in measured], abs=5.1e-4), words
+        assert [len(values) for values in measured] == (seeds if isinstance(seeds, list) else [seeds, seeds]), words
+    parts = {
+        "nothing": "doge", "the score": "no bias", "residual weights": "no residual weights",
+        "q and k norm": "no q/k norm", "documents kept": "documents together", "all of these": against_llama.NONE,
+        "three quarters": "window 512",
+    }  # fmt: skip
+    for words, kind in parts.items():
+        for bits, rate in zip(cells("against_llama.md", words)[0], (1e-3, 2e-3), strict=True):
+            measured = ends.get(("20m", kind, 100, rate))
+            assert (bits is None) == (measured is None), words
+            assert measured is None or bits == pytest.approx(statistics.fmean(measured), abs=5.1e-4), words
     last = experts_quality.last(points.read_csv(EXPERIMENTS / "experts_quality.csv"))
     said = cells("experts.md", "dense 20m", "top-k mixture", "CDMoE:", "dense, stopped", "the same, grown")
     kinds = ("dense", "top-k MoE", "CDMoE", "dense, twice", "CDMoE, grown")
@@ -130,6 +158,17 @@ def test_the_page_on_long_contexts_has_the_figures_of_the_csvs():
         rows = long_context.by_kind(points.read_csv(EXPERIMENTS / "long_context.csv"))[key]
         at_end = {row["measure"]: float(row["value"]) for row in rows if row["length"] == str(longest)}
         assert [ms, mib] == pytest.approx([at_end["forward_ms"], at_end["cache_bytes"] / 2**20], abs=0.51)
+    led = long_context.by_kind(points.read_csv(EXPERIMENTS / "long_context_stages.csv"))
+    for words, key in {
+        "full": kinds["full attention"],
+        "sliding": ("window", 1024, 0, 0),
+        "DMA": ("dma", 1024, 0, longest),
+    }.items():
+        (*recalled, loss) = cells("long_context.md", f"after stages, {words}")[0]
+        values = {name: [row for row in led[key] if row["measure"] == name] for name in ("needle", "eval_loss")}
+        measured = [float(row["value"]) for row in values["needle"] if row["length"] == "8192"]
+        assert recalled == pytest.approx(measured, abs=0.0051), words
+        assert loss == pytest.approx(float(values["eval_loss"][0]["value"]), abs=6e-4), words
     small = {
         "full attention": ("full", 1024, 0, 0), "sliding window of 64": ("window", 64, 0, 0),
         "DMA as published": ("dma", 64, 0, 0), "DMA, lifetime 1,024": ("dma", 64, 0, 1024),
@@ -145,11 +184,18 @@ def test_the_page_on_long_contexts_has_the_figures_of_the_csvs():
 
 
 def test_the_page_on_the_schedule_has_the_figures_of_the_csv():
-    rows = points.read_csv(EXPERIMENTS / "schedule.csv")
-    said = cells("schedule.md", "warmup, stable", "cosine")
-    for kind, numbers in zip((schedule.WSD, schedule.COSINE), said, strict=True):
-        measured = [float(schedule.one(rows, kind, steps, "233")[-1]["eval_loss"]) for steps in (100, 200, 400)]
-        assert numbers == pytest.approx(measured, abs=6e-4), kind
+    for name, lengths, first in (("schedule", (100, 200, 400), ""), ("schedule_20m", (200, 400, 800), "20m, ")):
+        rows = points.read_csv(EXPERIMENTS / f"{name}.csv")
+        for kind in (schedule.WSD, schedule.COSINE):
+            measured = [float(schedule.one(rows, kind, steps, "233")[-1]["eval_loss"]) for steps in lengths]
+            assert cells("schedule.md", first + kind)[0] == pytest.approx(measured, abs=6e-4), (name, kind)
+        for kind in schedule.GOING_ON:
+            (*said, jump) = cells("schedule.md", first + kind)[0]
+            mine = schedule.one(rows, kind, lengths[-1], "233")
+            highest = max(float(row["loss"]) for row in mine if 1 < int(row["step"]) - lengths[-1] <= 41)
+            measured = [float(mine[-1]["new_eval_loss"]), float(mine[-1]["eval_loss"]), highest]
+            assert said == pytest.approx(measured, abs=6e-4), (name, kind)
+            assert jump == pytest.approx(schedule.jump(mine, lengths[-1])[0], abs=0.051), (name, kind)
 
 
 def test_the_top_k_mixture_is_the_sum_of_the_chosen_experts():
