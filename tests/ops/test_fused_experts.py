@@ -101,6 +101,23 @@ def test_kernels_equal_brute_force(monkeypatch, case, tiles):
 
 
 @interpreted
+@pytest.mark.parametrize("case", [(1, 16, 4, 1, "any"), (7, 80, 64, 23, "different"), (5, 768, 64, 40, "any")], ids=str)
+@pytest.mark.parametrize("elements", [1, 1024, 4096])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_slots_that_registers_do_not_hold(monkeypatch, case, elements, dtype, tolerance):
+    """Of 23 slots in pieces of 8 the last has 7; a row of 768 is wider than 1 element, and is read whole."""
+    monkeypatch.setattr(fused, "OTHERS", fused.OTHERS._replace(tokens=(elements, 1, 2)))
+    monkeypatch.setattr(fused, "MANY", 0)
+    compare(*leaves_of(*case, dtype), tolerance)
+
+
+@interpreted
+def test_a_token_of_many_experts():
+    """More than MANY, without being told."""
+    compare(*leaves_of(2, 16, 400, 300, "different"), 1e-5)
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_in_16_bits(dtype):
     compare(*leaves_of(17, 80, 64, 8, "different", dtype), 1e-2)
@@ -240,8 +257,17 @@ def test_kernels_fit_a_gpu_without_spilling_registers():
 
 
 @on_gpu
-@pytest.mark.parametrize("case", [*CASES, (1000, 256, 1024, 8, "different"), (4096, 768, 2304, 24, "any"),
-                                  (3000, 1024, 64, 32, "same")], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        (1000, 256, 1024, 8, "different"),
+        (4096, 768, 2304, 24, "any"),
+        (3000, 1024, 64, 32, "same"),
+        (500, 1024, 1024, 700, "different"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_kernels_on_a_gpu(monkeypatch, case, dtype, tolerance):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
@@ -280,7 +306,7 @@ def test_compiled_on_a_gpu_with_the_same_bits_every_time():
     assert all(relative_error(a, b) < 1e-2 for a, b in zip(results[0], results[2], strict=True))
 
 
-KERNELS = ("tokens", "starts", "crowded", "experts", "retrieve", "retrieve_backward")
+KERNELS = ("tokens", "tokens_of_many", "starts", "crowded", "experts", "retrieve", "retrieve_backward")
 
 
 def main(capability):
@@ -302,6 +328,8 @@ def main(capability):
         elements, warps, stages = tiles.tokens
         constants = {"C": C, "SLOTS": k, "WIDE": WIDE, "BLOCK_C": min(fused._power(C), elements // WIDE)}
         found[f"tokens {size}"] = take("tokens", constants | {"STAGES": stages, "BACKWARD": True}, warps)
+        constants = {"C": C, "SLOTS": 1024, "ROWS": elements // C, "WIDE_C": C, "STAGES": stages, "BACKWARD": True}
+        found[f"tokens_of_many {size}"] = take("tokens_of_many", constants, warps)
         rows, columns, warps, stages = tiles.experts
         constants = {"C": C, "SLOTS": k, "LENGTH": fused.LENGTH, "ROWS": rows, "BLOCK_C": columns, "STAGES": stages}
         found |= {f"{name} {size}": take(name, constants, warps) for name in ("crowded", "experts")}

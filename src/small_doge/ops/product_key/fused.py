@@ -26,6 +26,7 @@ class Tiles(NamedTuple):
 
 HOPPER = Tiles()  # as benchmarks/experts_layer.py --tune found on an H200
 OTHERS = Tiles()
+MANY = 256  # slots of which one warp holds 16 columns in its registers
 LENGTH = 256  # pairs of one expert that are summed apart from its others
 LANES = 1024  # the most pairs of ranks that `retrieve` can choose from
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -85,15 +86,19 @@ def _tokens(
     out: torch.Tensor,
     backward: bool,
 ) -> None:
-    """Launch `tokens`; see there."""
+    """Launch `tokens`, or `tokens_of_many`; see there."""
     (N, C), SLOTS = v.shape, indices.shape[1]
     elements, warps, stages = _tiles(v.device).tokens
-    WIDE = _power(SLOTS)
+    WIDE, WIDE_C = _power(SLOTS), _power(C)
     kernels = _kernels()
-    kernels.tokens[(N,)](
-        v, first, second, indices, weights, h, *made, out, C=C, SLOTS=SLOTS, WIDE=WIDE,
-        BLOCK_C=min(_power(C), max(16, elements // WIDE)), STAGES=stages, BACKWARD=backward, num_warps=warps,
-    )  # fmt: skip
+    arguments = (v, first, second, indices, weights, h, *made, out)
+    options: dict[str, Any] = {"C": C, "SLOTS": SLOTS, "STAGES": stages, "BACKWARD": backward, "num_warps": warps}
+    if WIDE > MANY:
+        ROWS = min(WIDE, max(1, elements // WIDE_C))
+        kernels.tokens_of_many[(N,)](*arguments, ROWS=ROWS, WIDE_C=WIDE_C, **options)
+    else:
+        BLOCK_C = min(WIDE_C, max(16, elements // WIDE))
+        kernels.tokens[(N,)](*arguments, WIDE=WIDE, BLOCK_C=BLOCK_C, **options)
 
 
 def sort_pairs(indices: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

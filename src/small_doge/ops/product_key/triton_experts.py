@@ -12,6 +12,26 @@ import triton.language as tl
 
 
 @triton.jit
+def _coefficients(
+    dot, at, there, weights, h, a, dh, dweights,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """What the rows of second are multiplied by, from v·first of some slots; stores what they leave behind."""
+    weight = tl.load(weights + at, mask=there, other=0.0)
+    if BACKWARD:
+        z = tl.load(h + at, mask=there, other=0.0)
+        gate = tl.sigmoid(z)
+        coefficient = dot * weight * gate * (1 + z * (1 - gate))
+        tl.store(a + at, weight * z * gate, mask=there)
+        tl.store(dh + at, coefficient, mask=there)
+        tl.store(dweights + at, dot * z * gate, mask=there)
+    else:
+        coefficient = weight * dot * tl.sigmoid(dot)
+        tl.store(h + at, dot, mask=there)
+    return coefficient
+
+
+@triton.jit
 def tokens(
     v,  # (N, C): x forward, the gradient of out backward
     first, second,  # (E, C): down, up forward; up, down backward
@@ -37,22 +57,36 @@ def tokens(
         vector = tl.load(v + n * C + c, mask=c < C, other=0.0)
         products += tile.to(tl.float32) * vector.to(tl.float32)[None, :]
     dot = tl.sum(products, 1)
-    weight = tl.load(weights + at, mask=there, other=0.0)
-    if BACKWARD:
-        z = tl.load(h + at, mask=there, other=0.0)
-        gate = tl.sigmoid(z)
-        coefficient = dot * weight * gate * (1 + z * (1 - gate))
-        tl.store(a + at, weight * z * gate, mask=there)
-        tl.store(dh + at, coefficient, mask=there)
-        tl.store(dweights + at, dot * z * gate, mask=there)
-    else:
-        coefficient = weight * dot * tl.sigmoid(dot)
-        tl.store(h + at, dot, mask=there)
+    coefficient = _coefficients(dot, at, there, weights, h, a, dh, dweights, BACKWARD)
     for begin in tl.range(0, C, BLOCK_C, num_stages=STAGES):
         c = begin + columns
         tile = tl.load(second + row[:, None] + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
         total = tl.sum(coefficient[:, None] * tile.to(tl.float32), 0)
         tl.store(out + n * C + c, total.to(out.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def tokens_of_many(
+    v, first, second, indices, weights, h, a, dh, dweights, out,  # as above
+    C: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, WIDE_C: tl.constexpr, STAGES: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """The same for more slots than registers hold: ROWS slots at a time, whole rows of WIDE_C ≥ C columns."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, WIDE_C)
+    vector = tl.load(v + n * C + c, mask=c < C, other=0.0).to(tl.float32)
+    total = tl.zeros([WIDE_C], tl.float32)
+    for begin in tl.range(0, SLOTS, ROWS, num_stages=STAGES):
+        slot = begin + tl.arange(0, ROWS)
+        there = slot < SLOTS
+        at = n * SLOTS + slot
+        where = (tl.load(indices + at, mask=there, other=0) * C)[:, None] + c[None, :]
+        here = there[:, None] & (c < C)[None, :]
+        dot = tl.sum(tl.load(first + where, mask=here, other=0.0).to(tl.float32) * vector[None, :], 1)
+        coefficient = _coefficients(dot, at, there, weights, h, a, dh, dweights, BACKWARD)
+        tile = tl.load(second + where, mask=here, other=0.0).to(tl.float32)
+        total += tl.sum(coefficient[:, None] * tile, 0)
+    tl.store(out + n * C + c, total.to(out.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
