@@ -65,6 +65,31 @@ def test_tokens_in_chunks_are_the_same_and_keep_nothing_of_the_swiglu(make_model
     assert kept == [True, chunk >= 21]
 
 
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_gates_and_ups_of_one_product(make_model, monkeypatch, mlp_bias):
+    """As on a GPU; and a down projection that something listens to is called, not passed by."""
+    layer = make_model(torch.float64, mlp_bias=mlp_bias).model.layers[0].mlp
+    leaves = [torch.randn(3, 7, 48, dtype=torch.float64, requires_grad=True), *layer.parameters()]
+    do, heard = torch.randn(3, 7, 48, dtype=torch.float64), []
+
+    def together(x, *layers):
+        bias = torch.cat([one.bias for one in layers]) if mlp_bias else None
+        return torch.nn.functional.linear(x, torch.cat([one.weight for one in layers]), bias)
+
+    found = []
+    for one_product, listens in ((False, False), (True, False), (True, True)):
+        if one_product:
+            monkeypatch.setattr("small_doge.models.moe.project_together", together)
+        if listens:
+            layer.down_proj.register_forward_hook(lambda *called: heard.append(called))
+        out = layer(leaves[0])
+        found.append([out, *torch.autograd.grad(out, leaves, do)])
+    assert len(heard) == 1
+    for other in found[1:]:
+        for got, expected in zip(other, found[0], strict=True):
+            assert (got - expected).norm() <= 1e-12 * expected.norm()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("B", [1, 3])
 def test_a_single_token_gives_the_logits_of_transformers(model, tmp_path, B):

@@ -13,9 +13,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..ops.product_key import balance, experts, route
-from ..ops.swiglu import swiglu
+from ..ops.swiglu import swiglu, swiglu_linear
 from .configuration_doge import DogeConfig
-from .projections import project_together
+from .projections import plain, project_together
 
 
 @dataclass
@@ -52,6 +52,9 @@ class DogeMLP(nn.Module):
 
     def _at_once(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = project_together(x, self.gate_proj, self.up_proj) if self.silu else None
+        if gate_up is not None and plain(self.down_proj):
+            out, bias = swiglu_linear(gate_up, self.down_proj.weight), self.down_proj.bias
+            return out if bias is None else out + bias
         if gate_up is not None:
             return self.down_proj(swiglu(gate_up))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

@@ -25,13 +25,14 @@ def project_together(x: torch.Tensor, *layers: nn.Linear) -> torch.Tensor | None
     names and shapes that checkpoints have. Anything that has taken a layer's place (an adapter, a quantised or sharded
     weight) or listens to it (a hook) is called as it is.
     """
-    if not (x.is_cuda and x.numel() >= _ENOUGH and all(_plain(layer) for layer in layers)):
+    if not (x.is_cuda and x.numel() >= _ENOUGH and all(plain(layer) for layer in layers)):
         return None
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return F.linear(x, weight, bias)
 
 
-def _plain(layer: nn.Module) -> bool:
+def plain(layer: nn.Module) -> bool:
+    """Whether its weight can be used in its place: nothing stands for the layer or its weight, or listens to it."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks
     return type(layer) is nn.Linear and not hooks and type(layer.weight) in (nn.Parameter, torch.Tensor)

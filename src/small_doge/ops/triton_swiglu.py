@@ -17,8 +17,11 @@ def forward(gate_up, out, total, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def backward(gate_up, grad, out, total, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """out (N, 2 I) ← gradients of gate and up side by side, from gate_up (N, 2 I) and grad (N, I)."""
+def backward(gate_up, grad, out, total, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr):
+    """out (N, 2 I) ← gradients of gate and up side by side, from gate_up (N, 2 I) and grad (N, I).
+
+    ``AGAIN``: grad ← silu(gate) · up, computed again, where the gradient was.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate_at = at // WIDTH * 2 * WIDTH + at % WIDTH
     g = tl.load(gate_up + gate_at, mask=at < total).to(tl.float32)
@@ -28,3 +31,5 @@ def backward(gate_up, grad, out, total, WIDTH: tl.constexpr, BLOCK: tl.constexpr
     gate = d * u * sigmoid * (1 + g * (1 - sigmoid))
     tl.store(out + gate_at, gate.to(out.dtype.element_ty), mask=at < total)
     tl.store(out + gate_at + WIDTH, (d * g * sigmoid).to(out.dtype.element_ty), mask=at < total)
+    if AGAIN:
+        tl.store(grad + at, (g * sigmoid * u).to(grad.dtype.element_ty), mask=at < total)
