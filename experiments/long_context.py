@@ -280,7 +280,7 @@ def draw(rows: list[Row], path: Path) -> None:
     for axes in (losses, recall, speeds, caches):
         axes.set_xscale("log", base=2)
     if not any(row["measure"] == "forward_ms" for row in rows):  # left out where several kinds shared a GPU
-        speeds.set_axis_off()
+        figure.delaxes(speeds)
     one = rows[-1]
     save(figure, path, f"Doge {one['size']}, {one['steps']} steps on the same rows, {one['device']}")
     plt.close(figure)
