@@ -1,26 +1,18 @@
-"""`doge serve`: the official client drives it, requests take turns, whatever comes is answered properly."""
+"""`doge serve`: the official client drives it; transformers says the same; the command and its page."""
 
-import contextlib
-import gc
-import http.client
-import json
+# ruff: noqa: F811
+
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from small_doge import recipe as recipes
-from small_doge.data.tokenizer import TokenizerRecipe, load_tokenizer, train_tokenizer
 from small_doge.errors import UserError
-from small_doge.models import DogeForCausalLM, config_for
 
 pytest.importorskip("numba")
 pytest.importorskip("fastapi")
@@ -28,107 +20,14 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
 import openai
-import uvicorn
+from served import MESSAGES, NAME, TEXT, client, folder, running, served, server  # noqa: F401
 
 from small_doge.inference.engine import Engine
 from small_doge.inference.engine.text import Tokenizer
 from small_doge.inference.serve import ServeRecipe
 from small_doge.inference.serve import models as serving
-from small_doge.inference.serve.app import make_app
 from small_doge.inference.serve.jobs import Stops
-from small_doge.inference.serve.run import listen, serve, server_options
-from small_doge.inference.serve.run import server as ending_server
-from small_doge.inference.serve.scheduler import Scheduler
-
-TEXT = "the dog reads é a long 中 book about small houses 🐕"
-NAME = "small model"
-MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who reads é 🐕?"}]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random model with a small window, and a tokenizer of few entries, most of them bytes."""
-    root = tmp_path_factory.mktemp("serve")
-    (root / "corpus").mkdir()
-    for i in range(40):
-        (root / "corpus" / f"{i}.txt").write_text(f"{TEXT} {i} " * 8, encoding="utf-8")
-    train_tokenizer(TokenizerRecipe(output_dir=str(root / "tokenizer"), corpus=str(root / "corpus"), vocab_size=300))
-    tokenizer = load_tokenizer(root / "tokenizer")
-    torch.manual_seed(0)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "keep_window_size": 24, "initializer_range": 0.3}
-    DogeForCausalLM(config_for("tiny", vocab_size=300, **sizes, **special)).save_pretrained(root / NAME)
-    tokenizer.save_pretrained(root / NAME)
-    return root / NAME
-
-
-@pytest.fixture(scope="module")
-def served(folder):
-    return serving.open_served(ServeRecipe(str(folder), threads=1))
-
-
-class Running:
-    """A server in a thread of its own, at a port of its own."""
-
-    def __init__(self, served, folder, **options):
-        self.recipe = ServeRecipe(str(folder), port=0, **options)
-        self.scheduler = Scheduler(self.recipe.max_active, self.recipe.max_waiting, self.recipe.tokens_a_turn)
-        self.listening = listen("127.0.0.1", 0)
-        self.port = self.listening.getsockname()[1]
-        app = make_app(self.recipe, served, self.scheduler)
-        self.server = ending_server(uvicorn.Config(app, **server_options(self.recipe)), self.scheduler)
-        self.thread = threading.Thread(target=self.server.run, args=([self.listening],), daemon=True)
-        self.thread.start()
-        wait_for(lambda: self.server.started)
-
-    def client(self, key="none"):
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=60)
-
-    def ask(self, path, body=None, method="POST", headers=(), raw=None):
-        """Status, headers and body of one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        with contextlib.closing(connection):
-            data = raw if raw is not None else json.dumps(body).encode() if body is not None else None
-            connection.request(method, path, data, {"Content-Type": "application/json", **dict(headers)})
-            answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read()
-
-    def idle(self):
-        return self.scheduler.counts() == (0, 0)
-
-    def close(self):
-        self.server.should_exit = True
-        self.thread.join(timeout=20)
-        self.scheduler.close()
-        self.listening.close()
-        assert not self.thread.is_alive()
-
-
-def wait_for(condition, seconds=30):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come about"
-        time.sleep(0.01)
-
-
-@contextlib.contextmanager
-def running(served, folder, **options):
-    server = Running(served, folder, **options)
-    try:
-        yield server
-    finally:
-        server.close()
-
-
-@pytest.fixture(scope="module")
-def server(served, folder):
-    with running(served, folder, max_new_tokens=400, max_prompt_tokens=2000, max_body_bytes=20_000) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server):
-    return server.client()
+from small_doge.inference.serve.run import listen, serve
 
 
 def own_text(folder, ids, n):
@@ -148,9 +47,6 @@ def streamed(chunks, chat=True):
         usage = chunk.usage or usage
     assert reasons[:-1] == [None] * (len(reasons) - 1)
     return pieces, reasons[-1], usage
-
-
-# ---- the official client --------------------------------------------------------------------------------------------
 
 
 def test_a_reply_is_the_engines_whole_or_streamed(client, served, folder):
@@ -296,387 +192,6 @@ def test_what_is_refused(client, changed, kind, param):
     assert caught.value.type == "invalid_request_error"
 
 
-# ---- raw requests ---------------------------------------------------------------------------------------------------
-
-
-def assert_proper(status, content, allowed=range(400, 500)):
-    assert status in allowed
-    error = json.loads(content)["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert error["message"]
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        b"{",
-        b"[" * 10_000,
-        b"null",
-        b"[]",
-        b"\xff\xfe",
-        b'{"model": 1' + b"0" * 6000 + b"}",
-        b'{"model": "small model", "prompt": "a\\ud800"}',
-        b'{"model": "small model", "prompt": "a", "temperature": NaN}',
-        b'{"model": "small model", "prompt": "a", "temperature": 1e999}',
-        b'{"model": "small model", "prompt": [299, 300]}',
-        b'{"model": "small model", "prompt": [-1]}',
-        b'{"model": "small model", "prompt": [1, "a"]}',
-        b'{"model": "small model", "prompt": []}',
-        b'{"model": "small model", "prompt": ["a", "b"]}',
-        b'{"model": "small model", "prompt": "a", "seed": 1e30}',
-        b'{"model": "small model", "prompt": "a", "n\\ud800": 2}',
-        b'{"model": "../../etc", "prompt": "a"}',
-    ],
-)
-def test_bodies_that_are_none(server, raw):
-    status, _, content = server.ask("/v1/completions", raw=raw)
-    assert_proper(status, content)
-
-
-def test_a_body_too_large(server):
-    status, _, content = server.ask("/v1/completions", {"model": NAME, "prompt": "a" * 30_000})
-    assert status == 413
-    assert_proper(status, content)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:  # its length not said before
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
-        raw.sendall(b"Transfer-Encoding: chunked\r\n\r\n" + (b"1000\r\n" + b"a" * 4096 + b"\r\n") * 6)
-        assert b" 413 " in raw.recv(4096).splitlines()[0]
-
-
-def test_a_body_that_does_not_come(served, folder):
-    with (
-        running(served, folder, body_seconds=0.2) as server,
-        socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw,
-    ):
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
-        raw.sendall(b"Content-Length: 100\r\n\r\n{")
-        assert b" 408 " in raw.recv(4096).splitlines()[0]
-
-
-def test_connections_that_say_nothing(served, folder):
-    with running(served, folder, body_seconds=1.5, max_connections=3) as server:
-        quiet = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(3)]
-        quiet[0].sendall(b"GET /health HTTP/1.1\r\nHo")
-        wait_for(lambda: len(server.server.server_state.connections) == 3)
-        status, headers, content = server.ask("/v1/models", method="GET")
-        assert status == 503
-        assert headers["Retry-After"]
-        assert_proper(status, content, [503])
-        more = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(6)]
-        for connection in (*quiet, *more):  # closed by the server, those that were too many at once
-            with contextlib.suppress(ConnectionError):
-                assert connection.recv(1000) == b""
-            connection.close()
-        assert server.ask("/v1/models", method="GET")[0] == 200
-
-
-def test_other_types_names_and_methods(server):
-    body = json.dumps({"model": NAME, "prompt": "a"}).encode()
-    for headers, expected in [
-        ({"Content-Type": "text/plain"}, 415),
-        ({"Host": "evil.example"}, 421),
-        ({"Host": "localhost.evil.example:80"}, 421),
-        ({"Host": "localhost"}, 200),
-        ({"Host": "[::1]:8000"}, 200),
-    ]:
-        status, _, content = server.ask("/v1/completions", raw=body, headers=headers)
-        assert status == expected
-        if expected != 200:
-            assert_proper(status, content)
-    assert server.ask("/v1/completions", method="GET")[0] == 405
-    assert_proper(*server.ask("/v1/completions", method="GET")[::2])
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/../config.json",
-        "/page/../settings.py",
-        "/%2e%2e/%2e%2e/pyproject.toml",
-        "/..%2f..%2fetc/passwd",
-        "//etc/passwd",
-        "/v1/models/../../../etc/passwd",
-        "/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd",
-        "/v1/models/" + "a" * 3000,
-        "/config.json",
-        "/model.safetensors",
-        "/docs",
-        "/static/%00",
-    ],
-)
-def test_no_way_out_of_the_folder(server, path):
-    status, _, content = server.ask(path, method="GET")
-    assert status == 404
-    assert_proper(status, content)
-
-
-def test_keys(served, folder, monkeypatch):
-    monkeypatch.setenv("DOGE_API_KEY", " open sesame\n")
-    with running(served, folder, api_key="env") as server:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sesame"}):
-            for path in ("/v1/models", "/openapi.json", "//v1/models", "/nothing"):
-                status, answered, content = server.ask(path, method="GET", headers=headers)
-                assert status == 401
-                assert answered["WWW-Authenticate"] == "Bearer"
-                assert_proper(status, content)
-        assert server.ask("/health", method="GET")[0] == 200
-        assert server.client("open sesame").models.list().data[0].id == NAME
-    with running(served, folder, api_key="sesame") as server:
-        with pytest.raises(openai.AuthenticationError):
-            server.client("wrong").models.list()
-        assert server.client("sesame").models.list().data[0].id == NAME
-    monkeypatch.delenv("DOGE_API_KEY")
-    with pytest.raises(UserError, match="DOGE_API_KEY is not set"):
-        serve(ServeRecipe(str(folder), api_key="env"))
-    with pytest.raises(UserError, match="expected printable ASCII"):
-        serve(ServeRecipe(str(folder), api_key="sésame"))
-
-
-# ---- several at once ------------------------------------------------------------------------------------------------
-
-
-class Slow:
-    """A model whose tokens come only when they are let, one a permit."""
-
-    def __init__(self, served):
-        self.served, self.permits, self.made = served, threading.Semaphore(0), []
-        self.says = list(range(20, 80))
-
-    def __getattr__(self, name):
-        return getattr(self.served, name)
-
-    def keep(self, ids, text):
-        pass
-
-    def begin(self, ids):
-        inner, outer = self.served.text(), self
-
-        class Text:
-            feed, seen = staticmethod(inner.feed), property(lambda self: inner.seen)
-
-            def tokens(self, choice, most):
-                for i in range(most):
-                    outer.permits.acquire()
-                    outer.made.append(choice.seed)
-                    yield outer.says[i % len(outer.says)]
-
-        return Text()
-
-
-@pytest.fixture
-def slow(served):
-    slow = Slow(served)
-    yield slow
-    for _ in range(10_000):
-        slow.permits.release()
-
-
-def start(server, seed, stream=True, most=50):
-    """A request whose answer is not read."""
-    body = {"model": NAME, "prompt": "the dog", "seed": seed, "stream": stream, "max_tokens": most}
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    return connection
-
-
-def test_requests_take_turns(slow, folder):
-    with running(slow, folder, max_active=2, tokens_a_turn=3) as server:
-        asked = [start(server, 1)]
-        wait_for(lambda: server.scheduler.counts()[0] == 1)
-        asked.append(start(server, 2))
-        wait_for(lambda: server.scheduler.counts()[0] == 2)
-        for _ in range(100):
-            slow.permits.release()
-        wait_for(server.idle)
-        assert sorted(slow.made) == [1] * 50 + [2] * 50
-        # The second is not behind by more than what came before it was there, and a turn.
-        second = [i for i, seed in enumerate(slow.made) if seed == 2]
-        assert all(i <= 2 * (n + 1) + 9 for n, i in enumerate(second))
-        for connection in asked:
-            assert b"[DONE]" in connection.getresponse().read()
-            connection.close()
-
-
-def test_a_full_queue_answers_503(slow, folder):
-    with running(slow, folder, max_active=1, max_waiting=1) as server:
-        asked = [start(server, 1)]
-        wait_for(lambda: server.scheduler.counts() == (1, 0))
-        asked.append(start(server, 2, stream=False))
-        wait_for(lambda: server.scheduler.counts() == (1, 1))
-        status, headers, content = server.ask("/v1/completions", {"model": NAME, "prompt": "a", "stream": True})
-        assert status == 503
-        assert int(headers["Retry-After"]) > 0
-        assert_proper(status, content, [503])
-        with pytest.raises(openai.InternalServerError, match="come again"):
-            server.client().completions.create(model=NAME, prompt="a")
-        assert json.loads(server.ask("/health", method="GET")[2]) == {"status": "ok", "active": 1, "waiting": 1}
-        asked[1].close()  # one that waits leaves: there is room at once
-        wait_for(lambda: server.scheduler.counts() == (1, 0))
-        asked[0].close()
-        wait_for(lambda: slow.permits.release() or server.idle())
-        assert set(slow.made) <= {1}
-
-
-def test_one_that_waits_too_long(slow, folder):
-    with running(slow, folder, max_active=1, max_seconds=1, tokens_a_turn=1) as server:
-        first = start(server, 1)
-        wait_for(lambda: server.scheduler.counts() == (1, 0))
-        second = start(server, 2, stream=False)
-        time.sleep(1.2)
-        slow.permits.release()  # the turn ends, and with it the time of both
-        answer = second.getresponse()
-        assert_proper(answer.status, answer.read(), [503])
-        events = first.getresponse().read()
-        assert b'"finish_reason": "length"' in events
-        assert events.endswith(b"data: [DONE]\n\n")
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_stops_its_text(slow, folder, stream):
-    with running(slow, folder, tokens_a_turn=1) as server:
-        connection = start(server, 1, stream, most=400)
-        for _ in range(5):
-            slow.permits.release()
-        wait_for(lambda: len(slow.made) == 5)
-        if stream:
-            assert connection.getresponse().readline().startswith(b"data: ")
-        connection.close()
-        if connection.sock:
-            connection.sock.close()
-        wait_for(lambda: slow.permits.release() or server.idle())
-        assert len(slow.made) < 400
-
-
-def test_a_model_that_fails(served, folder, monkeypatch, capsys):
-    def fail(*_):
-        raise RuntimeError("no more memory")
-
-    with running(served, folder) as server:
-        monkeypatch.setattr(serving._EngineText, "feed", fail)
-        status, _, content = server.ask("/v1/completions", {"model": NAME, "prompt": "a"})
-        assert_proper(status, content, [500])
-        assert b"memory" not in content
-        _, _, content = server.ask("/v1/completions", {"model": NAME, "prompt": "a", "stream": True})
-        assert "error" in json.loads(content.removeprefix(b"data: "))
-        monkeypatch.undo()
-        assert server.ask("/v1/completions", {"model": NAME, "prompt": "a", "max_tokens": 3})[0] == 200
-    assert "no more memory" in capsys.readouterr().err
-
-
-def test_many_at_once_and_nothing_stays(server, client, served):
-    """32 clients, a quarter of which hang up; each other one gets the answer that it gets alone."""
-    alone = client.completions.create(model=NAME, prompt=TEXT, temperature=0, max_tokens=30).choices[0].text
-    found, crowd = [], 32
-
-    def ask(i):
-        try:
-            if i % 4 == 0:
-                body = {"model": NAME, "prompt": TEXT, "stream": True, "max_tokens": 400, "temperature": 0}
-                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-                connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-                with connection.getresponse() as answer:
-                    answer.fp.readline()
-                connection.close()
-                return
-            answer = server.client().completions.create(model=NAME, prompt=TEXT, temperature=0, max_tokens=30)
-            found.append(answer.choices[0].text)
-        except Exception as error:
-            found.append(error)
-
-    def crowd_asks():
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(crowd)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=60)
-        wait_for(server.idle)
-
-    crowd_asks()
-    assert found == [alone] * 24
-    wait_for(lambda: texts_alive(served.engine) <= server.recipe.kept_texts)
-
-
-def texts_alive(engine):
-    gc.collect()
-    return sum(type(thing) is serving._EngineText and thing._session.engine is engine for thing in gc.get_objects())
-
-
-def test_texts_end_with_the_server(slow, folder):
-    with running(slow, folder, max_active=1) as server:
-        whole, streamed_ = start(server, 1, stream=False), start(server, 2)
-        wait_for(lambda: server.scheduler.counts() == (1, 1))
-        threading.Timer(0.3, lambda: [slow.permits.release() for _ in range(200)]).start()
-    answer = whole.getresponse()
-    assert_proper(answer.status, answer.read(), [503])
-    assert b"server is ending" in streamed_.getresponse().read()
-
-
-# ---- whatever fits the schema, nearly -------------------------------------------------------------------------------
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-def fitting(schema, known):
-    """Values for a JSON schema as FastAPI writes it; anything at all where it says nothing."""
-    if "$ref" in schema:
-        return fitting(known[schema["$ref"].rpartition("/")[2]], known)
-    if "anyOf" in schema:
-        return st.one_of([fitting(option, known) for option in schema["anyOf"]])
-    if "enum" in schema or "const" in schema:
-        return st.sampled_from(schema.get("enum", [schema.get("const")]))
-    kind = schema.get("type")
-    if kind == "object":
-        fields = {name: fitting(inner, known) for name, inner in schema.get("properties", {}).items()}
-        required = set(schema.get("required", ()))
-        return st.fixed_dictionaries(
-            {name: fields[name] for name in fields if name in required},
-            optional={name: fields[name] for name in fields if name not in required},
-        )
-    if kind == "array":
-        return st.lists(fitting(schema["items"], known), min_size=schema.get("minItems", 0), max_size=3)
-    low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
-    if kind == "integer":
-        return st.integers(low, 8 if low == 1 else high if high is not None else schema.get("exclusiveMaximum"))
-    if kind == "number":
-        return st.floats(low, high, allow_nan=False, exclude_min="exclusiveMinimum" in schema)
-    return {
-        "string": st.text(min_size=schema.get("minLength", 0), max_size=12),
-        "boolean": st.booleans(),
-        "null": st.none(),
-    }.get(kind, JSON)
-
-
-@pytest.fixture(scope="module")
-def schemas(server):
-    return json.loads(server.ask("/openapi.json", method="GET")[2])["components"]["schemas"]
-
-
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-@given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_whatever_comes_is_answered_properly(server, schemas, path, data):
-    whole = schemas["ChatRequest" if "chat" in path else "CompletionRequest"]
-    body = data.draw(fitting(whole, schemas))
-    body |= {"max_tokens": data.draw(st.sampled_from([2, 1, None])) or 3} | {"model": NAME}
-    wrong = data.draw(st.dictionaries(st.sampled_from(sorted(whole["properties"])), JSON, max_size=2))
-    wrong |= data.draw(st.dictionaries(st.sampled_from(["n", "logprobs", "tools", "x"]), JSON, max_size=1))
-    status, headers, content = server.ask(path, body | wrong)
-    if status != 200:
-        return assert_proper(status, content)
-    if headers["Content-Type"].startswith("text/event-stream"):
-        assert content.endswith(b"data: [DONE]\n\n")
-    else:
-        assert json.loads(content)["choices"][0]["finish_reason"] in ("stop", "length")
-
-
-# ---- the page -------------------------------------------------------------------------------------------------------
-
-
 def test_the_page_comes_from_here_and_holds_no_code_inline(server):
     for path, kind in [("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")]:
         status, headers, content = server.ask(path + "?response=mine", method="GET")
@@ -689,9 +204,6 @@ def test_the_page_comes_from_here_and_holds_no_code_inline(server):
         assert not re.search(r"https?://|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|localStorage", text)
         if path == "/":
             assert not re.search(r"<style|<script(?![^>]*\bsrc=)|\son\w+=|\sstyle=", text)
-
-
-# ---- transformers, and the command ----------------------------------------------------------------------------------
 
 
 def test_transformers_says_the_same(folder, served, monkeypatch):

@@ -23,7 +23,7 @@ pytest.importorskip("openai")
 pytest.importorskip("aiohttp")
 
 import aiohttp
-from test_serve import NAME, folder, running, served, slow  # noqa: F401
+from served import NAME, folder, running, served, slow  # noqa: F401
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
