@@ -7,10 +7,6 @@ import threading
 import time
 
 import pytest
-import torch
-
-from small_doge.data.tokenizer import TokenizerRecipe, load_tokenizer, train_tokenizer
-from small_doge.models import DogeForCausalLM, config_for
 
 pytest.importorskip("numba")
 pytest.importorskip("fastapi")
@@ -19,6 +15,7 @@ pytest.importorskip("uvicorn")
 
 import openai
 import uvicorn
+from small import small_model
 
 from small_doge.inference.serve import ServeRecipe
 from small_doge.inference.serve import models as serving
@@ -27,26 +24,13 @@ from small_doge.inference.serve.run import listen, server_options
 from small_doge.inference.serve.run import server as ending_server
 from small_doge.inference.serve.scheduler import Scheduler
 
-TEXT = "the dog reads é a long 中 book about small houses 🐕"
 NAME = "small model"
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who reads é 🐕?"}]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random model with a small window, and a tokenizer of few entries, most of them bytes."""
-    root = tmp_path_factory.mktemp("serve")
-    (root / "corpus").mkdir()
-    for i in range(40):
-        (root / "corpus" / f"{i}.txt").write_text(f"{TEXT} {i} " * 8, encoding="utf-8")
-    train_tokenizer(TokenizerRecipe(output_dir=str(root / "tokenizer"), corpus=str(root / "corpus"), vocab_size=300))
-    tokenizer = load_tokenizer(root / "tokenizer")
-    torch.manual_seed(0)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "keep_window_size": 24, "initializer_range": 0.3}
-    DogeForCausalLM(config_for("tiny", vocab_size=300, **sizes, **special)).save_pretrained(root / NAME)
-    tokenizer.save_pretrained(root / NAME)
-    return root / NAME
+    return small_model(tmp_path_factory.mktemp("serve"), NAME)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import builtins
 import pytest
 import torch
 
-from small_doge.data.tokenizer import TokenizerRecipe, load_tokenizer, train_tokenizer
+from small_doge.data.tokenizer import load_tokenizer
 from small_doge.errors import UserError
 from small_doge.inference import generate as module
 from small_doge.inference.generate import GenerateRecipe, generate
@@ -13,28 +13,16 @@ from small_doge.models import DogeForCausalLM, config_for
 
 pytest.importorskip("numba")
 
+from small import TEXT, small_model
+
 from small_doge.inference.engine import weights
 from small_doge.inference.engine.pack import PRECISIONS
 from small_doge.inference.engine.text import Tokenizer
 
-TEXT = "the dog reads é a long 中 book about small houses 🐕"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random model with a small window, and a tokenizer of few entries, most of them bytes."""
-    root = tmp_path_factory.mktemp("generate")
-    (root / "corpus").mkdir()
-    for i in range(40):
-        (root / "corpus" / f"{i}.txt").write_text(f"{TEXT} {i} " * 8, encoding="utf-8")
-    train_tokenizer(TokenizerRecipe(output_dir=str(root / "tokenizer"), corpus=str(root / "corpus"), vocab_size=300))
-    tokenizer = load_tokenizer(root / "tokenizer")
-    torch.manual_seed(0)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "keep_window_size": 24, "initializer_range": 0.3}
-    DogeForCausalLM(config_for("tiny", vocab_size=300, **sizes, **special)).save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    return root / "model"
+    return small_model(tmp_path_factory.mktemp("generate"), "model")
 
 
 def without_numba(monkeypatch):

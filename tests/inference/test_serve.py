@@ -20,7 +20,8 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
 import openai
-from served import MESSAGES, NAME, TEXT, client, folder, running, served, server  # noqa: F401
+from served import MESSAGES, NAME, client, folder, running, served, server  # noqa: F401
+from small import TEXT
 
 from small_doge.inference.engine import Engine
 from small_doge.inference.engine.text import Tokenizer

@@ -18,7 +18,6 @@ pytest.importorskip("uvicorn")
 import openai
 from served import (  # noqa: F401
     NAME,
-    TEXT,
     assert_proper,
     client,
     folder,
@@ -29,6 +28,7 @@ from served import (  # noqa: F401
     start,
     wait_for,
 )
+from small import TEXT
 
 from small_doge.inference.serve import models as serving
 
