@@ -146,7 +146,7 @@ def draw(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = ends(rows)
-    sizes = [size for size in RATES if all(any(key[:2] == (size, kind) for key in found) for kind in COLORS)]
+    sizes = [size for size in RATES if any(key[0] == size for key in found)]
     parts = [size for size in sizes if any(key[0] == size and key[1] in WITHOUT for key in found)]
     figure, panels = plt.subplots(
         2, len(sizes) + bool(parts), figsize=(5 * len(sizes) + 5, 7.5), layout="constrained", squeeze=False
@@ -155,10 +155,11 @@ def draw(rows: list[Row], path: Path) -> None:
         draw_rates(rates, found, size)
         for kind, color in COLORS.items():
             swept = [(statistics.fmean(v), w, rate) for (s, k, w, rate), v in found.items() if (s, k) == (size, kind)]
+            if not swept:
+                continue
             _, warmup, best = min(swept)
-            chosen = (size, kind, warmup, best)
-            key = [(r["size"], r["kind"], int(r["warmup"]), float(r["learning_rate"])) for r in rows]
-            mine = [r for r, k in zip(rows, key, strict=True) if k == chosen]
+            wanted = (size, kind, str(warmup), best)
+            mine = [r for r in rows if (r["size"], r["kind"], r["warmup"], float(r["learning_rate"])) == wanted]
             for i, seed in enumerate(dict.fromkeys(r["seed"] for r in mine)):
                 line = [(float(r["tokens"]) / 1e6, float(r["loss"])) for r in mine if r["seed"] == seed]
                 label = None if i else f"{kind}, {best:g}, warmup {warmup}"
