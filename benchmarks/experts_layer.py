@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -150,13 +151,14 @@ def measure(size: Size, args: argparse.Namespace, device: torch.device, rate: tu
     steps = {name: step for name, step in steps.items() if name not in skipped}
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=device) if gpu else None
 
-    def timed(step: Callable[[], object]) -> Callable[[], float]:
+    def timed(name: str) -> Callable[[], float]:
         if flush is not None:
-            for _ in range(args.flushes):
+            for _ in range(flushes[name]):
                 flush.zero_()
-        return once(step, device, flush)
+        return once(steps[name], device, flush)
 
-    notes, gib, wall = {}, {}, {}
+    notes, gib, wall, flushes = {}, {}, {}, {}
+    flush_ms = 1e3 * seconds(flush.zero_, 10, device) if flush is not None else 1.0
     # At its first product cuBLAS takes 32 MiB for each thread and keeps them, which is no layer's doing.
     torch.autograd.grad((x[0] @ x[0].T[:, :8]).sum(), x)
     inputs = torch.cuda.memory_allocated() if gpu else 0
@@ -170,6 +172,7 @@ def measure(size: Size, args: argparse.Namespace, device: torch.device, rate: tu
                 synchronize(device)
             gib[name] = (torch.cuda.max_memory_allocated() - inputs) / 2**30 if gpu else float("nan")
             wall[name] = 1e3 * seconds(step, 10, device)
+            flushes[name] = math.ceil(2 * wall[name] / flush_ms)  # twice, as a host can be slower than it was
         except Exception as error:  # out of memory, no compiler: the others still run, and the row says why
             notes[name] = first_line(error)
             del steps[name]
@@ -181,7 +184,7 @@ def measure(size: Size, args: argparse.Namespace, device: torch.device, rate: tu
         order = order[1:] + order[:1]  # so that nobody always comes after the same other one
         taken_by = {}
         for name in order:
-            taken_by[name] = timed(steps[name])
+            taken_by[name] = timed(name)
             synchronize(device)  # or memory of the one before is still in use
         for name, ms in taken_by.items():
             times[name].append(ms())
@@ -350,7 +353,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--chunk_size", type=int, default=4096, help="tokens of a chunk of the SwiGLU")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--flushes", type=int, default=40, help="how often the cache is overwritten before each step")
     parser.add_argument("--skip", default="", help="contenders to leave out, comma-separated")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--tune", action="store_true", help="time the kernels under each choice of tiles instead")

@@ -13,6 +13,7 @@ rates are swept for Doge and Llama; the parts are left out at Doge's best. Each 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,10 @@ def draw_rates(axes: Any, found: dict[tuple[str, str, int, float], list[float]],
     axes.legend(frameon=False, fontsize=9)
 
 
-def draw_parts(axes: Any, found: dict[tuple[str, str, int, float], list[float]], size: str) -> None:
-    """What leaving out a part costs, at the rate and warmup where most were."""
-    measured = [key[2:] for key in found if key[0] == size and key[1] in WITHOUT]
-    warmup, rate = max(measured, key=measured.count)
+def draw_parts(
+    axes: Any, found: dict[tuple[str, str, int, float], list[float]], size: str, warmup: int, rate: float
+) -> None:
+    """What leaving out a part costs."""
     shown = [kind for kind in (DOGE, *WITHOUT, LLAMA) if (size, kind, warmup, rate) in found]
     for i, kind in enumerate(shown):
         values, color = found[size, kind, warmup, rate], (COLORS | WITHOUT)[kind]
@@ -168,9 +169,13 @@ def draw(rows: list[Row], path: Path) -> None:
         curves.set(xlabel="million tokens", ylabel="training loss, nats a token", title=f"{size}, each at its best")
         curves.legend(frameon=False, fontsize=9)
     if parts:
-        draw_parts(panels[0, -1], found, parts[0])
-        panels[1, -1].set_axis_off()
-    save(figure, path, f"Same rows in the same order, {rows[0]['device']}")
+        most = Counter(key[2:] for key in found if key[0] == parts[0] and key[1] in WITHOUT).most_common(2)
+        for axes, (where, _) in zip(panels[:, -1], sorted(most), strict=False):
+            draw_parts(axes, found, parts[0], *where)
+        for axes in panels[len(most) :, -1]:
+            axes.set_axis_off()
+    devices = " and ".join(dict.fromkeys(row["device"] for row in rows))
+    save(figure, path, f"Same rows in the same order, {devices}")
     plt.close(figure)
 
 

@@ -40,9 +40,9 @@ NAMES = {DMA: "DMA", FULL: "full attention", WINDOW: "sliding window"}
 COLORS = {DMA: BLUE, FULL: GREY, WINDOW: ORANGE}
 KEPT, AGED = GREEN, RED  # DMA whose last keys stay, or whose scores age
 LINES = ("-", "--", ":", "-.")
-KINDS = "full;window:1024;dma:512:0:32768;dma:1024:0:32768;dma:2048:0:32768;dma:512:512:32768;dma:1024;window:2048"
+KINDS = "full;window:1024;dma:512:0:32768;dma:1024:0:32768;dma:2048:0:32768;dma:512:512;dma:512:512:3276800;dma:1024"
 SETTINGS = ("size", "steps", "stages", "density", "rows", "micro_batches", "learning_rate", "pairs", "tests", "data")
-STAGES = "64:1500 128:200 256:200 512:200 1024:200 4096:200"
+STAGES = "64:2000 128:200 256:200 512:200 1024:200 4096:200"
 LOADERS = 4  # processes that sow rows of many short texts, which takes longer than a step
 
 ROWS = 8  # of a batch as long as training rows
@@ -291,7 +291,7 @@ def main() -> None:
     args.add_argument("--data", default="runs/long/data", help="folder of `doge prepare`; its rows are the context")
     args.add_argument("--kinds", default=KINDS)
     args.add_argument("--size", default="20m")
-    args.add_argument("--steps", type=int, default=3000)
+    args.add_argument("--steps", type=int, default=3500)
     args.add_argument("--rows", type=int, default=2, help="rows of a micro-batch")
     args.add_argument("--micro_batches", type=int, default=1)
     args.add_argument("--learning_rate", type=float, default=2e-3)

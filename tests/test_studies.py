@@ -109,7 +109,8 @@ def test_the_pages_on_llama_and_experts_have_the_figures_of_the_csvs():
     ends = against_llama.ends(points.read_csv(EXPERIMENTS / "against_llama.csv"))
     swept = {
         "5e-4": ("20m", 100, 5e-4), "1e-3": ("20m", 100, 1e-3), "2e-3": ("20m", 100, 2e-3), "4e-3": ("20m", 100, 4e-3),
-        "8e-3": ("20m", 100, 8e-3), "at 2e-3, with": ("20m", 200, 2e-3), "rate 5e-4": ("60m", 100, 5e-4),
+        "8e-3": ("20m", 100, 8e-3), "at 1e-3, with": ("20m", 200, 1e-3), "at 2e-3, with": ("20m", 200, 2e-3),
+        "at 4e-3, with": ("20m", 200, 4e-3), "rate 5e-4": ("60m", 100, 5e-4),
         "rate 1e-3": ("60m", 100, 1e-3), "rate 2e-3": ("60m", 100, 2e-3), "rate 4e-3": ("60m", 100, 4e-3),
     }  # fmt: skip
     for words, (size, warmup, rate) in swept.items():
@@ -123,8 +124,9 @@ def test_the_pages_on_llama_and_experts_have_the_figures_of_the_csvs():
         "three quarters": "window 512",
     }  # fmt: skip
     for words, kind in parts.items():
-        for bits, rate in zip(cells("against_llama.md", words)[0], (1e-3, 2e-3), strict=True):
-            measured = ends.get(("20m", kind, 100, rate))
+        columns = ((100, 1e-3), (100, 2e-3), (200, 2e-3))
+        for bits, (warmup, rate) in zip(cells("against_llama.md", words)[0], columns, strict=True):
+            measured = ends.get(("20m", kind, warmup, rate))
             assert (bits is None) == (measured is None), words
             assert measured is None or bits == pytest.approx(statistics.fmean(measured), abs=5.1e-4), words
     last = experts_quality.last(points.read_csv(EXPERIMENTS / "experts_quality.csv"))
@@ -160,15 +162,15 @@ def test_the_page_on_long_contexts_has_the_figures_of_the_csvs():
         assert [ms, mib] == pytest.approx([at_end["forward_ms"], at_end["cache_bytes"] / 2**20], abs=0.51)
     led = long_context.by_kind(points.read_csv(EXPERIMENTS / "long_context_stages.csv"))
     for words, key in {
-        "full": kinds["full attention"],
-        "sliding": ("window", 1024, 0, 0),
-        "DMA": ("dma", 1024, 0, longest),
-    }.items():
-        (*recalled, loss) = cells("long_context.md", f"after stages, {words}")[0]
-        values = {name: [row for row in led[key] if row["measure"] == name] for name in ("needle", "eval_loss")}
-        measured = [float(row["value"]) for row in values["needle"] if row["length"] == "8192"]
-        assert recalled == pytest.approx(measured, abs=0.0051), words
-        assert loss == pytest.approx(float(values["eval_loss"][0]["value"]), abs=6e-4), words
+        "full": kinds["full attention"], "sliding": ("window", 1024, 0, 0), "DMA, w = 512": ("dma", 512, 0, longest),
+        "DMA, w = 1,024": ("dma", 1024, 0, longest), "DMA, w = 2,048": ("dma", 2048, 0, longest),
+    }.items():  # fmt: skip
+        (*recalled, loss, seeds) = cells("long_context.md", f"after stages, {words}")[0]
+        texts = [row for row in led[key] if row["length"] == "4096"]
+        measured = long_context.means(texts, "needle", lambda row: float(row["depth"]))
+        assert recalled == pytest.approx([*measured.values()], abs=0.0051), words
+        losses = [float(row["value"]) for row in led[key] if row["measure"] == "eval_loss"]
+        assert (loss, seeds) == (pytest.approx(statistics.fmean(losses), abs=6e-4), len(losses)), words
     small = {
         "full attention": ("full", 1024, 0, 0), "sliding window of 64": ("window", 64, 0, 0),
         "DMA as published": ("dma", 64, 0, 0), "DMA, lifetime 1,024": ("dma", 64, 0, 1024),

@@ -55,17 +55,16 @@ def training_bytes(
     and moments are dense. Logits are made a chunk at a time. For the backward pass a layer keeps of a token some 8 C
     of hidden states, 3 (H + 2G) D of q, k, v in their stages and 4 I of the SwiGLU. Compiled, it keeps the residual
     stream twice in float32, and in the dtype of products what these read: two normed inputs, q, k, v as projected, q
-    and k again as attention reads them, its output, gate and up, and their product, which kernels now make again (the
-    peaks were measured before that). Of a SwiGLU in chunks nothing is kept. With experts, a layer keeps for a token 32
-    bytes for each of its k and 20 for each of the K keys of an axis, and in bfloat16 copies of what it routes and of
-    both tables.
+    and k again as attention reads them, its output, and gate and up, whose product is made again. Of a SwiGLU in chunks
+    nothing is kept. With experts, a layer keeps for a token 32 bytes for each of its k and 20 for each of the K keys of
+    an axis, and in bfloat16 copies of what it routes and of both tables.
     """
     H, G, _, D = config.heads
     C, width = config.hidden_size, 2 if bf16 else 4
     intermediate = 0 if config.chunk_size_feed_forward else config.intermediate_size
     if compiled:
         heads = (H + 2 * G) * D + (H + G) * D + H * D
-        layer = 8 * C + width * (2 * C + heads + 3 * intermediate)
+        layer = 8 * C + width * (2 * C + heads + 2 * intermediate)
     else:
         layer = width * (8 * C + 3 * (H + 2 * G) * D + 4 * intermediate)
     tables = 0

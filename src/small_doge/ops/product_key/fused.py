@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
 HOPPER = Tiles()  # as benchmarks/experts_layer.py --tune found on an H200
 OTHERS = Tiles()
-MANY = 256  # slots of which one warp holds 16 columns in its registers
+MANY = 64  # slots that a warp goes through at once: at 128 it took 2.8 times as long (experts_h200.csv)
 LENGTH = 256  # pairs of one expert that are summed apart from its others
 LANES = 1024  # the most pairs of ranks that `retrieve` can choose from
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
