@@ -245,7 +245,10 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, ((losses, recall), (speeds, caches)) = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
+    timed = any(row["measure"] == "forward_ms" for row in rows)  # left out where several kinds shared a GPU
+    shape, size = ((2, 2), (10, 7.5)) if timed else ((1, 3), (13, 4.2))
+    figure, panels = plt.subplots(*shape, figsize=size, layout="constrained")
+    losses, recall, *speeds, caches = panels.flat
     kinds = by_kind(rows)
     for key, mine in kinds.items():
         color = color_of(key)
@@ -268,19 +271,19 @@ def draw(rows: list[Row], path: Path) -> None:
         plot(losses, means(mine, "loss_by_position", middle))
         plot(recall, means(mine, "needle", distance))
         tokens, ms = means(mine, "forward_tokens", length), means(mine, "forward_ms", length)
-        plot(speeds, {n: tokens[n] / ms[n] / 1e3 for n in ms})
+        for axes in speeds:
+            plot(axes, {n: tokens[n] / ms[n] / 1e3 for n in ms})
         plot(caches, {n: x / 2**20 for n, x in means(mine, "cache_bytes", length).items()})
     losses.set(xlabel="position in the text", ylabel="nats a token", title="Held-out loss")
     recall.set(xlabel="tokens from the needle to its question", ylabel="share recalled", title="Needles, all lengths")
     recall.set_ylim(-0.03, 1.03)
-    speeds.set(xlabel="tokens of a text", ylabel="million tokens/s", title="Forward pass, the same tokens in all")
-    speeds.set_ylim(0)
+    for axes in speeds:
+        axes.set(xlabel="tokens of a text", ylabel="million tokens/s", title="Forward pass, the same tokens in all")
+        axes.set_ylim(0)
     caches.set(xlabel="tokens of a text", ylabel="MiB", title="Cache of one text", yscale="log")
     losses.legend(frameon=False, fontsize=8)
-    for axes in (losses, recall, speeds, caches):
+    for axes in panels.flat:
         axes.set_xscale("log", base=2)
-    if not any(row["measure"] == "forward_ms" for row in rows):  # left out where several kinds shared a GPU
-        figure.delaxes(speeds)
     one = rows[-1]
     save(figure, path, f"Doge {one['size']}, {one['steps']} steps on the same rows, {one['device']}")
     plt.close(figure)
