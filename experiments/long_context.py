@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from needles import DEPTHS, SIZE, Sown, haystack, recalled
+from needles import DEPTHS, POOL, SIZE, Sown, haystack, recalled
 from points import BLUE, GREEN, GREY, ORANGE, RED, Point, Row, parser, save, study, this_device
 from runs import IGNORED, train
 from transformers import DynamicCache
@@ -34,6 +34,7 @@ from small_doge.data.packed import read_manifest
 from small_doge.data.packing import PackedTokens
 from small_doge.models import DogeForCausalLM, DynamicMaskCache, config_for
 from small_doge.ops.linear_cross_entropy import linear_cross_entropy
+from small_doge.report.plots import attention_and_scores
 
 DMA, FULL, WINDOW = "dma", "full", "window"
 NAMES = {DMA: "DMA", FULL: "full attention", WINDOW: "sliding window"}
@@ -108,6 +109,23 @@ def found_needles(model: Any, data: PackedTokens, rows: Sequence[int], length: i
     ]
 
 
+def scores_of_needles(model: Any, data: PackedTokens, rows: Sequence[int]) -> list[Row]:
+    """How far scores lie apart within a head, and those of a needle's tokens above the rest: largest of all heads.
+
+    Times the lifetime, that is the age which they make up for.
+    """
+    length, vocab_size = min(1024, data.row_length), data.manifest["vocab_size"]
+    rng, found = np.random.default_rng(length), []
+    for i in range(ROWS):
+        ids, asked = haystack(data[rows[i % len(rows)]]["input_ids"].numpy(), length, rng, vocab_size)
+        hidden = (ids >= vocab_size - 2 * POOL) & (np.arange(length) < asked.min())
+        _, heads = attention_and_scores(model, torch.from_numpy(ids)[None].to(next(model.parameters()).device))
+        s = np.concatenate(heads)
+        found.append([s[:, ~hidden].std(1), s[:, hidden].mean(1) - s[:, ~hidden].mean(1)])
+    spread, ahead = np.mean(found, 0).max(1)
+    return [figure(name, float(f"{x:.4g}"), length=length) for name, x in (("spread", spread), ("ahead", ahead))]
+
+
 def speed(model: Any, kind: str, length: int, tokens: int, repeats: int = 5) -> list[Row]:
     """Of a forward pass without the head over so many tokens, and of one text read into the kind's cache."""
     from common import seconds  # which is found since points was imported
@@ -157,6 +175,8 @@ def scores(model: Any, point: Point, validation: PackedTokens) -> list[Row]:
             ]
             for length in lengths:
                 found += found_needles(model, validation, rows, length, point["tests"])
+            if point["kind"] == DMA:
+                found += scores_of_needles(model, validation, rows)
         model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
         for length in lengths:
             found += speed(model, point["kind"], length, ROWS * longest)

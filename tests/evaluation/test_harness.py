@@ -68,19 +68,18 @@ def ours(desk):
 
 
 def test_the_numbers_are_those_of_the_harness_command(desk, ours, tmp_path):
-    """Zero-shot and five-shot, for our Doge and for Llama; one test, because the harness takes long to start."""
+    """Our Doge five-shot and a Llama zero-shot; one test, because the harness takes long to start."""
     write_tasks([find_local(desk / "rows", TASKS[name]) for name in BASE], tmp_path / "include")
-    runs = [(model, shots) for model in ("llama", "doge") for shots in (5, 0)]
+    runs = [("doge", 5), ("llama", 0)]
     outputs = [(str(desk / model), shots, str(tmp_path / f"{model}-{shots}.json")) for model, shots in runs]
     words = [sys.executable, "-c", HARNESS, ",".join(BASE), str(tmp_path / "include"), "cpu", json.dumps(outputs)]
     with open(tmp_path / "said.txt", "w") as said:
         theirs = subprocess.Popen(words, stdout=said, stderr=said)
     try:
-        mine = {r: run(desk, tmp_path / f"{r}", r[0], num_fewshot=r[1]) for r in runs if r != ("doge", 5)}
+        mine = {("llama", 0): run(desk, tmp_path / "llama", "llama", num_fewshot=0), ("doge", 5): ours[0]}
         assert theirs.wait() == 0, (tmp_path / "said.txt").read_text()[-3000:]
     finally:
         theirs.kill()
-    mine["doge", 5] = ours[0]
     for (model, shots), results in mine.items():
         (path,) = tmp_path.glob(f"{model}-{shots}_*.json")
         expected = json.loads(path.read_text(encoding="utf-8"))["results"]

@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
-import socket
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import together
 
 from small_doge import recipe
 from small_doge.data.packing import PackedTokens
@@ -132,11 +131,8 @@ def test_micro_batches_weigh_in_by_their_labels():
     assert balance.take(lambda x: torch.cat([x, x])) == pytest.approx(2.0)
 
 
-def worker(rank, port, fields):
+def worker(_rank, fields):
     """One of two processes that train together."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     pretrain(recipe.build(PretrainArguments, fields))
 
 
@@ -144,11 +140,7 @@ def test_two_processes_log_what_one_logs_of_two_micro_batches(arguments, experts
     fields = {"model": str(experts), "data": str(prepared / "data"), "tokenizer": str(prepared / "tokenizer")}
     fields |= {"max_steps": 4, "logging_steps": 2, "tokens_per_step": 128, "per_device_train_batch_size": 2}
     fields |= {"learning_rate": 0.0, "use_cpu": True, "eval_rows": 4, "report_to": "none"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = fields | {"output_dir": str(tmp_path / "two")}
-    torch.multiprocessing.spawn(worker, args=(port, together), nprocs=2)
+    together(worker, fields | {"output_dir": str(tmp_path / "two")})
     alone = lines(pretrain(arguments(**fields, output_dir=str(tmp_path / "one"))))
     for one, two in zip(alone, lines(tmp_path / "two"), strict=True):
         for name in ("loss", "balance_loss", "bits_per_byte"):

@@ -4,12 +4,12 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import together
 
 from small_doge import recipe
 from small_doge.errors import UserError
@@ -68,15 +68,10 @@ def shard_on_a_cpu():
     devices.NEVER_SHARDED.discard("cpu")
 
 
-def worker(rank, processes, port, environment, runs, queue):
+def worker(rank, runs, queue):
     """One process of several: several runs, one after the other; the first says how they ended."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
-    if "ACCELERATE_USE_FSDP" in environment:
+    if "ACCELERATE_USE_FSDP" in os.environ:
         shard_on_a_cpu()
-    torch.distributed.init_process_group("gloo")
     for fields in runs:
         before = fields.pop("half", None)
         if rank == 0 and before:
@@ -89,16 +84,12 @@ def worker(rank, processes, port, environment, runs, queue):
             said = str(error)
         if rank == 0:
             queue.put(said)
-    torch.distributed.destroy_process_group()
 
 
-def together(environment, runs, processes=2):
-    """Some processes do some runs; what each run said at its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(worker, args=(processes, port, environment, runs, queue), nprocs=processes)
+def said_of(kind, runs, processes=2):
+    """Some processes, launched as a file of ours says, do some runs; what each run said at its end."""
+    queue = torch.multiprocessing.get_context("forkserver").SimpleQueue()
+    together(worker, runs, queue, environment=launched(kind), processes=processes)
     return [queue.get() for _ in runs]
 
 
@@ -132,7 +123,7 @@ def ddp(fields, alone):
     pretrain(recipe.build(PretrainArguments, fields(alone / "one-few", **few)))
     half(alone / "one-few", alone / "few-one-to-two", 5)
     runs = [fields(alone / "two"), fields(alone / "one-to-two"), fields(alone / "two-few", **few)]
-    said = together(launched("ddp"), [*runs, fields(alone / "few-one-to-two", **few)])
+    said = said_of("ddp", [*runs, fields(alone / "few-one-to-two", **few)])
     assert said == ["done"] * 4
     half(alone / "two", alone / "two-to-one")
     pretrain(recipe.build(PretrainArguments, fields(alone / "two-to-one")))
@@ -151,7 +142,7 @@ def fsdp(fields, alone):
         fields(alone / "fsdp-muon", max_steps=8, muon_learning_rate=1e-2, on_bad_step="skip"),
         fields(alone / "whole"),
     ]
-    *done, refused = together(launched("fsdp2"), runs)
+    *done, refused = said_of("fsdp2", runs)
     assert done == ["done"] * 3
     return alone, refused
 
@@ -218,7 +209,7 @@ def test_a_sharded_checkpoint_is_sealed_and_read_by_a_run_that_continues(fsdp, f
 @pytest.mark.slow  # a process of its own, and 25 steps
 def test_a_sharded_checkpoint_is_resumed_by_one_process(fsdp, fields):
     folder, _ = fsdp
-    [said] = together(launched("fsdp2"), [fields(folder / "fsdp-on-one", half=str(folder / "fsdp"))], processes=1)
+    [said] = said_of("fsdp2", [fields(folder / "fsdp-on-one", half=str(folder / "fsdp"))], processes=1)
     assert said == "done"
     losses, weights = apart(folder / "one", folder / "fsdp-on-one")
     assert losses < 1e-5

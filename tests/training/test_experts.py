@@ -1,12 +1,11 @@
 """Experts in training: what they cost, the same on two processes as on one, and that growing a model pays."""
 
 import json
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import together
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -145,17 +144,12 @@ def fields(prepared, model, out, **overrides):
     return {**common, **overrides}
 
 
-def worker(rank, port, folder, prepared):
+def worker(rank, folder, prepared):
     """One of two processes: train in all ways, and the first leaves what came out."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo")
     found = {(kind, c): train(kind, c, rank) for kind in ("ddp", "fsdp") for c in COEFFICIENTS}
     if rank == 0:
         torch.save(found, folder / "found.pt")
     pretrain(recipe.build(PretrainArguments, fields(prepared, folder / "model", folder / "two")))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +158,7 @@ def folder(tmp_path_factory, prepared):
     folder = tmp_path_factory.mktemp("processes")
     torch.manual_seed(0)
     DogeForCausalLM(config(**EXPERTS)).save_pretrained(folder / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, folder, prepared), nprocs=2)
+    together(worker, folder, prepared)
     pretrain(
         recipe.build(PretrainArguments, fields(prepared, folder / "model", folder / "micro", tokens_per_step=2 * 32))
     )

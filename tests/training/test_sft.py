@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
-import socket
 
 import pytest
 import torch
 from chats import EXPERTS, conversations, interrupt_at, log_of, write_model, write_rows
+from processes import together
 
 from small_doge import recipe
 from small_doge.data.conversations import encode_conversations, read_conversations
@@ -250,13 +249,8 @@ def test_a_recipe_that_is_wrong_is_refused(arguments, options, match):
 # Two processes; what follows runs in each of them, and must be importable there.
 
 
-def on_one_of_two(rank, port, fields):
-    import torch.distributed as dist
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+def on_one_of_two(_rank, fields):
     sft(recipe.build(SFTArguments, fields | {"ddp_backend": "gloo", "per_device_train_batch_size": 1}))
-    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(arguments, base, tmp_path):
@@ -265,10 +259,7 @@ def test_two_processes_equal_one(arguments, base, tmp_path):
     names = (*names, "logging_steps", "eval_steps", "use_cpu", "per_device_eval_batch_size")
     one = arguments(model=str(base / "moe"), per_device_train_batch_size=1, max_steps=4, logging_steps=1)
     fields = {name: getattr(one, name) for name in names} | {"output_dir": str(tmp_path / "two"), "report_to": "none"}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(on_one_of_two, (port, fields), nprocs=2)
+    together(on_one_of_two, fields)
     rows = zip(log_of(sft(one)), log_of(tmp_path / "two"), strict=True)
     for ours, theirs in rows:
         assert ours.keys() == theirs.keys()
