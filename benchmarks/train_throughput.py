@@ -4,10 +4,12 @@ The Trainer trains as `doge pretrain` does: compiled, bfloat16, data loaded by w
 recipe's tokens a step (or to --micro_batches), clipped, fused AdamW. Ours sees documents apart; transformers' models
 get the same rows as one text, which is faster for them. A CUDA event marks the end of every step; the first ones, in
 which it compiles, are left out, and the median over the others is reported, with the FLOP a token costs (the
-roofline's numerator) and the share of the chip's peak beside it.
+roofline's numerator) and the share of the chip's peak beside it. ``floor_tokens_per_second`` is what ours would have if
+all products ran at the rate of a large one and all that lies between them at that of a large copy, both measured.
 
     python benchmarks/train_throughput.py --sizes 20m,60m,160m,320m        # one GPU
     python benchmarks/train_throughput.py --sizes 20m --kinds ours --profile
+    python benchmarks/train_throughput.py --sizes 20m,40m-moe --kinds ours    # what experts cost
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from typing import Any
 
 import torch
 from common import BLUE, GREY, ORANGE, RESULTS, build, first_line, provenance, read_csv, this_device, write_csv
+from dynamic_mask import rates
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from small_doge.data.packing import PackedTokens, collate
-from small_doge.models import config_for
+from small_doge.models import SIZES, DogeConfig, config_for
 from small_doge.training.arguments import PretrainArguments
 from small_doge.training.estimates import flops_per_token, peak_flops
 from small_doge.training.pretrain import PretrainTrainer, _Run
@@ -100,17 +103,40 @@ class Clock(TrainerCallback):
         return [a.elapsed_time(b) / 1e3 for a, b in counted]
 
 
-def measure(size: str, kind: str, args: argparse.Namespace, data: Any) -> dict[str, Any]:
+def floor(config: DogeConfig, parameters: int, seen: float, step: int, micro: int, rate: tuple[float, float]) -> float:
+    """Seconds a token of a dense Doge: its products, and what kernels between them read and write at least.
+
+    Of a layer that is the residual stream in float32 and what products read and write in 16 bits, both ways: 24 C and
+    32 C bytes of two norms with their residuals, 10 (H + G) D of rotary q and k, 18 I of the SwiGLU. Logits become
+    their gradient once; AdamW reads and writes 28 bytes a parameter and step, and weights are cast twice a micro-batch.
+
+    Args:
+        seen: keys that a token attends to on average.
+        step, micro: tokens.
+        rate: FLOP/s and bytes/s.
+    """
+    H, G, _, D = config.heads
+    C, layers = config.hidden_size, config.num_hidden_layers
+    whole = flops_per_token(config, 1) - 6.0 * layers * H * D  # of the weights: a row of one token sees half a key
+    flop = whole + 12.0 * layers * H * D * seen
+    moved = layers * (56 * C + 10 * (H + G) * D + 18 * config.intermediate_size) + 4 * config.vocab_size + 24 * C
+    return flop / rate[0] + (moved + 28 * parameters / step + 12 * parameters / micro) / rate[1]
+
+
+def measure(size: str, kind: str, args: argparse.Namespace, data: Any, rate: tuple[float, float]) -> dict[str, Any]:
     """One row: a model of one kind and size, trained for some steps."""
     start, device, row_length = time.perf_counter(), this_device(), args.row_length
     config = config_for(size, vocab_size=args.vocab_size, max_position_embeddings=row_length)
-    rows = args.rows or ROWS[kind][size]
-    micro_batches = min(TOKENS[size] // (rows * row_length), args.micro_batches)
+    dense = next(name for name in TOKENS if SIZES[name]["hidden_size"] == SIZES[size]["hidden_size"])  # of its batches
+    rows = args.rows or ROWS[kind][dense]
+    micro_batches = min(TOKENS[dense] // (rows * row_length), args.micro_batches)
     tokens = rows * row_length * micro_batches
     torch.manual_seed(0)
     torch._dynamo.reset()
-    torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     model, clock = build(kind, config), Clock(args.profile)
+    parameters = sum(p.numel() for p in model.parameters())
     if args.layers:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -144,7 +170,7 @@ def measure(size: str, kind: str, args: argparse.Namespace, data: Any) -> dict[s
             )
         trainer.train()
     step, losses = median(clock.seconds(args.skip)), [x["loss"] for x in trainer.state.log_history if "loss" in x]
-    rate, peak = tokens / step, peak_flops(device, bf16=True)
+    speed, peak = tokens / step, peak_flops(device, bf16=True)
     flops = flops_per_token(config, row_length)
     compiled = "no" if args.eager else "layer" if args.layers else "model"
     row = {
@@ -157,9 +183,13 @@ def measure(size: str, kind: str, args: argparse.Namespace, data: Any) -> dict[s
     }
     row |= {"tokens_per_step": tokens, "steps": args.steps, "ms_per_step": round(1e3 * step, 1)}
     row |= {"seconds": round(time.perf_counter() - start, 1)}
-    row |= {"tokens_per_second": round(rate), "loss": round(losses[-1], 4) if losses else ""}
+    row |= {"tokens_per_second": round(speed), "loss": round(losses[-1], 4) if losses else ""}
     row |= {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "mflop_per_token": round(flops / 1e6, 1)}
-    row |= {"mfu": round(rate * flops / peak, 4) if peak else ""}
+    row |= {"mfu": round(speed * flops / peak, 4) if peak else ""}
+    if kind == OURS and not config.is_moe:
+        seen = float(torch.cat([data[i]["position_ids"] + 1.0 for i in range(64)]).mean())
+        least = floor(config, parameters, seen, tokens, rows * row_length, rate)
+        row |= {"floor_tokens_per_second": round(1 / least)}
     del trainer, model
     gc.collect()
     torch.cuda.empty_cache()
@@ -221,20 +251,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.draw:
         return draw(read_csv(args.draw), Path(args.draw).with_suffix(".png"))
-    where, rows = provenance(this_device()), []
+    where, rate, rows = provenance(this_device()), rates(this_device()), []
     data = PackedTokens(args.data, "train") if args.data else RandomDocuments(1 << 20, args.row_length, args.vocab_size)
     for size in args.sizes.split(","):
         for kind in args.kinds.split(";"):
             try:
-                row = measure(size, kind, args, data)
+                row = measure(size, kind, args, data, rate)
             except torch.OutOfMemoryError as error:
                 row = {"size": size, "model": kind, "error": first_line(error)}
             rows.append(row | where)
             path = write_csv(rows, args.output)  # after every model: a run that is cut short leaves what it had
-            rate = f"{row['tokens_per_second']:>12,} tok/s  MFU {row['mfu']}" if "mfu" in row else row["error"]
-            bar = f"  bar {BARS[size]:,.0f}" if kind == OURS and size in BARS else ""
+            speed = f"{row['tokens_per_second']:>12,} tok/s  MFU {row['mfu']}" if "mfu" in row else row["error"]
+            least = row.get("floor_tokens_per_second")
+            bar = f"  floor {least:,}" if least else ""
+            bar += f"  bar {BARS[size]:,.0f}" if kind == OURS and size in BARS else ""
             rest = f"{row.get('peak_gib', '')} GiB  loss {row.get('loss')}  {row.get('seconds')} s{bar}"
-            print(f"{size:>5} {kind:<19} {rate}  {rest}", flush=True)
+            print(f"{size:>5} {kind:<19} {speed}  {rest}", flush=True)
     return draw([row for row in rows if row.get("tokens_per_second")], path.with_suffix(".png"))
 
 
