@@ -21,6 +21,7 @@ SMALLER = {
     "tokenizer": {"corpus": TOPICS, "vocab_size": 600, "validation_fraction": 0.1},
     "prepare": {"corpus": TOPICS, "row_length": 64, "validation_fraction": 0.1},
     "pretrain": {"max_minutes": None, "max_steps": 4, "logging_steps": 2, "tokens_per_step": 512, "eval_rows": 4},
+    "questions": {"validation_fraction": 0.9, "rounds": 1},
     "sft": {"max_steps": 2, "eval_rows": 4},
     "dpo": {"max_steps": 1, "eval_rows": 4, "max_length": 512, "tokens_per_step": 4096},
     "evaluate": {"max_documents": 2},
