@@ -219,7 +219,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.bar_label(bars, [f"{h / 1e3:,.0f}k\n{m}" for h, m in zip(heights, shares, strict=True)], fontsize=7)
     for g, size in enumerate(sizes):
         if size in BARS:
-            axes.hlines(BARS[size], g - 0.4, g + 0.4, "black", linewidth=0.8, linestyle=":")
+            ours = g + (kinds.index(OURS) - len(kinds) / 2) * 0.8 / len(kinds) if OURS in kinds else g
+            axes.hlines(BARS[size], ours, ours + 0.8 / len(kinds), "black", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
     axes.set_ylim(top=axes.get_ylim()[1] * 1.6)
     axes.set_xticks(range(len(sizes)), sizes)

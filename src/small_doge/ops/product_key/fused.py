@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
 
 HOPPER = Tiles()  # as benchmarks/experts_layer.py --tune found on an H200
 OTHERS = Tiles()
-MANY = 64  # slots that a warp goes through at once: at 128 it took 2.8 times as long (experts_h200.csv)
+MANY = 64  # slots that a warp goes through at once: 1.0 ms for 64, 2.8 for 128 (experts_h200.csv, 256 experts)
 LENGTH = 256  # pairs of one expert that are summed apart from its others
 LANES = 1024  # the most pairs of ranks that `retrieve` can choose from
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
