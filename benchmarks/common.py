@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from small_doge.models import DogeConfig, DogeForCausalLM
 RESULTS = Path(__file__).parent / "results"
 # Okabe and Ito's colours, told apart with every common colour blindness.
 BLUE, SKY, ORANGE, RED, GREEN, GREY = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#999999"
+
+FLUSH = 2**28  # bytes, larger than the L2 cache of any GPU
 
 Row = dict[str, Any]
 
@@ -54,6 +58,61 @@ def seconds(step: Callable[[], Any], repeats: int, device: torch.device) -> floa
         step()
     synchronize(device)
     return (time.perf_counter() - start) / repeats
+
+
+def once(step: Callable[[], object], device: torch.device, flush: torch.Tensor | None) -> Callable[[], float]:
+    """Run one step; the function returned gives its milliseconds, on a GPU only after synchronizing."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        passed = time.perf_counter() - start
+        return lambda: 1e3 * passed
+    if flush is not None:
+        flush.zero_()  # also keeps the GPU busy while the step's first kernels are launched
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    step()
+    after.record()
+    return lambda: before.elapsed_time(after)
+
+
+def milliseconds(step: Callable[[], object], rounds: int, device: torch.device) -> float:
+    """Median on the device, after three that compile and warm up.
+
+    Before each the L2 cache is overwritten for twice as long as a step takes by the clock on the wall, so that Python
+    has launched the step when the GPU comes to it.
+    """
+    for _ in range(3):
+        step()
+    flush, flushes = None, 0
+    if device.type == "cuda":
+        flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+        flushes = math.ceil(2 * seconds(step, 5, device) / seconds(flush.zero_, 5, device))
+    times = []
+    for _ in range(rounds):
+        for _ in range(flushes):
+            flush.zero_()
+        taken = once(step, device, flush)
+        synchronize(device)
+        times.append(taken())
+    return median(times)
+
+
+def rates(device: torch.device) -> tuple[float, float]:
+    """FLOP/s of a large matrix product, and bytes/s read and written of a large copy, both medians."""
+    gpu = device.type == "cuda"
+    n = 8192 if gpu else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32) for _ in range(2))
+    source = torch.empty(2**30 if gpu else 2**26, dtype=torch.uint8, device=device).zero_()
+    target = torch.empty_like(source)
+    medians = []
+    for step in (lambda: a @ b, lambda: target.copy_(source)):
+        for _ in range(5):
+            step()
+        taken = [once(step, device, None) for _ in range(20)]
+        synchronize(device)
+        medians.append(1e-3 * median(ms() for ms in taken))
+    return 2 * n**3 / medians[0], 2 * source.numel() / medians[1]
 
 
 def first_line(error: Exception) -> str:

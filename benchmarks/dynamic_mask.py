@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from common import (
     BLUE,
+    FLUSH,
     GREEN,
     GREY,
     ORANGE,
@@ -45,7 +46,9 @@ from common import (
     Row,
     first_line,
     number,
+    once,
     provenance,
+    rates,
     read_csv,
     synchronize,
     this_device,
@@ -171,39 +174,6 @@ def contenders(
     fixed = s.detach()
     steps[WINDOW] = lambda: eviction_times(fixed, w)
     return steps, choose_path(q, k, w)[0]
-
-
-def once(step: Callable[[], object], device: torch.device, flush: torch.Tensor | None) -> Callable[[], float]:
-    """Run one step; the function returned gives its milliseconds, on a GPU only after synchronizing."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        passed = time.perf_counter() - start
-        return lambda: 1e3 * passed
-    if flush is not None:
-        flush.zero_()  # also keeps the GPU busy while the step's first kernels are launched
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    step()
-    after.record()
-    return lambda: before.elapsed_time(after)
-
-
-def rates(device: torch.device) -> tuple[float, float]:
-    """FLOP/s of a large matrix product, and bytes/s read and written of a large copy, both medians."""
-    gpu = device.type == "cuda"
-    n = 8192 if gpu else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32) for _ in range(2))
-    source = torch.empty(2**30 if gpu else 2**26, dtype=torch.uint8, device=device).zero_()
-    target = torch.empty_like(source)
-    medians = []
-    for step in (lambda: a @ b, lambda: target.copy_(source)):
-        for _ in range(5):
-            step()
-        taken = [once(step, device, None) for _ in range(20)]
-        synchronize(device)
-        medians.append(1e-3 * median(ms() for ms in taken))
-    return 2 * n**3 / medians[0], 2 * source.numel() / medians[1]
 
 
 def measure(
@@ -429,7 +399,7 @@ def main() -> None:
 
         where["triton"] = triton.__version__
     # Larger than the L2 cache of any GPU.
-    flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     output = args.output or RESULTS / ("dynamic_mask_sweep.csv" if args.sweep else "dynamic_mask.csv")
     shapes, rows = parse_shapes(args, device), []
     for i, shape in enumerate(shapes):

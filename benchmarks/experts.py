@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from common import (
     BLUE,
+    FLUSH,
     GREEN,
     ORANGE,
     RED,
@@ -39,13 +40,13 @@ from common import (
     Row,
     first_line,
     number,
+    once,
     provenance,
     read_csv,
     synchronize,
     this_device,
     write_csv,
 )
-from dynamic_mask import once
 from feed_forward import (
     COPIES,
     GATHERS,
@@ -76,7 +77,6 @@ PUBLISHED = {  # milliseconds at 1,024 experts
     "PKM": {0.25: 110, 0.5: 191, 0.75: 295, 1.0: 442},
 }
 SLOW = 10  # seconds after which the first passes, which compile and find memory, are told of
-FLUSH = 2**28  # bytes, larger than the L2 cache of any GPU
 
 
 def steps_of(layer: Any, x: torch.Tensor, do: torch.Tensor, pieces: list[int]) -> dict[str, Callable[[], object]]:

@@ -39,8 +39,20 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from common import RESULTS, Row, first_line, number, provenance, seconds, synchronize, this_device, write_csv
-from dynamic_mask import once, rates
+from common import (
+    FLUSH,
+    RESULTS,
+    Row,
+    first_line,
+    number,
+    once,
+    provenance,
+    rates,
+    seconds,
+    synchronize,
+    this_device,
+    write_csv,
+)
 from transformers.models.doge import modeling_doge as published
 
 from small_doge.models import DogeConfig
@@ -51,7 +63,6 @@ fused: Any = importlib.import_module("small_doge.ops.product_key.fused")
 
 OURS, CHUNKS, THEIRS, MLP = "ours", "ours in chunks", "transformers", "dense MLP"
 COMPILED = " compiled"
-FLUSH = 2**28  # bytes, larger than the L2 cache of any GPU
 
 
 class Size(NamedTuple):

@@ -13,32 +13,28 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import BLUE, GREEN, GREY, RESULTS, Row, number, provenance, read_csv, this_device, write_csv
+from common import (
+    BLUE,
+    GREEN,
+    GREY,
+    RESULTS,
+    Row,
+    milliseconds,
+    number,
+    provenance,
+    read_csv,
+    this_device,
+    write_csv,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from small_doge.ops.dynamic_mask import eviction_times, packed, sparse
 
 PACKED, SPARSE, CUDNN = "packed", "sparse", "cuDNN causal"
 COLORS = {PACKED: BLUE, SPARSE: GREEN, CUDNN: GREY}
-
-
-def milliseconds(step: Callable[[], Any], rounds: int) -> float:
-    """Median over ``rounds`` after three that compile and warm up."""
-    times = []
-    for i in range(rounds + 3):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        step()
-        after.record()
-        torch.cuda.synchronize()
-        if i >= 3:
-            times.append(before.elapsed_time(after))
-    return median(times)
 
 
 def contenders(
@@ -75,7 +71,7 @@ def measure(shape: tuple[int, int, int, int], D: int, mean: float, rounds: int) 
     rows = []
     for name, attention in computed.items():
         wanted = leaves[:3] if name == CUDNN else leaves
-        ms = milliseconds(lambda a=attention, w=wanted: torch.autograd.grad(a(), w, do), rounds)
+        ms = milliseconds(lambda a=attention, w=wanted: torch.autograd.grad(a(), w, do), rounds, device)
         row: Row = {"B": B, "H": H, "G": G, "T": T, "D": D, "mean_length": mean or "", "contender": name}
         row |= {"ms": round(ms, 4), "gflop": round(14 * pairs * D / 1e9, 1)}  # two products forward, five backward
         row |= {"mib": round(2 * D * B * T * (5 * H + 6 * G) / 2**20, 1)}

@@ -5,7 +5,7 @@ stages): the kernels of `sparse` where w < T, else of `packed` on documents of s
 into ``ops/dynamic_mask/{sparse,packed}.py``. One GPU, bfloat16.
 
     python benchmarks/tiles.py                                  # all kernels at the shapes of dynamic_mask.py
-    python benchmarks/tiles.py --shapes 1,8,32768,2048 --chunks 1024,2048
+    python benchmarks/tiles.py --shapes 1,8,8,32768,2048 --chunks 1024,2048
 
 With ``--compilers N`` that many processes first fill Triton's cache, as compiling takes far longer than timing.
 """
@@ -19,10 +19,10 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
 import torch
-from common import RESULTS, Row, first_line, provenance, write_csv
+from common import RESULTS, Row, first_line, milliseconds, provenance, write_csv
 
 from small_doge.ops.dynamic_mask import eviction_times
 from small_doge.ops.gpu import kernels
@@ -31,10 +31,22 @@ from small_doge.ops.gpu import kernels
 sparse, packed = (importlib.import_module(f"small_doge.ops.dynamic_mask.{name}") for name in ("sparse", "packed"))
 
 D = 128
+
+
+class Shape(NamedTuple):
+    """B rows of T tokens, H query heads on G heads of keys, a window of keys."""
+
+    B: int
+    H: int
+    G: int
+    T: int
+    window: int
+
+
 CHOICES = {
     "forward": [
-        *((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (64, 128, 4, 2)),
-        *((128, 64, 8, 3), (128, 128, 8, 3), (128, 32, 8, 4)),
+        *((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (64, 128, 4, 2)),
+        *((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 3), (128, 32, 8, 4)),
     ],
     "backward_queries": [
         *((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3)),
@@ -46,26 +58,11 @@ CHOICES = {
 }
 
 
-def milliseconds(launch: Callable[[], object], rounds: int) -> float:
-    """Median over ``rounds`` after three launches that compile and warm up."""
-    for _ in range(3):
-        launch()
-    times = []
-    for _ in range(rounds):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        launch()
-        after.record()
-        torch.cuda.synchronize()
-        times.append(before.elapsed_time(after))
-    return median(times)
-
-
-def launcher(kernel: str, B: int, H: int, T: int, window: int) -> Callable[[], object]:
+def launcher(kernel: str, B: int, H: int, G: int, T: int, window: int) -> Callable[[], object]:
     """A function that launches one kernel on random inputs, with the tiles and the chunk that are set now."""
     torch.manual_seed(0)
-    q, k, v, do = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
-    s = torch.rand(B, H, T, device="cuda") * 3
+    q, do, k, v = (torch.randn(B, T, n, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for n in (H, H, G, G))
+    s = torch.rand(B, G, T, device="cuda") * 3
     dq = torch.empty_like(q)
     if window < T:
         out, lse, *lists = sparse._forward(q, k, v, s, eviction_times(s, window), window)
@@ -112,7 +109,7 @@ def use(chunk: int, kernel: str, tiles: tuple[int, int, int, int]) -> None:
                 table[other] = (tiles[0], 64, 4, 2)
 
 
-def compile_one(shape: tuple[int, int, int, int], chunk: int, kernel: str, tiles: tuple[int, int, int, int]) -> None:
+def compile_one(shape: Shape, chunk: int, kernel: str, tiles: tuple[int, int, int, int]) -> None:
     """Leave one choice in Triton's cache; what cannot be compiled is told about when its time is to be measured."""
     use(chunk, kernel, tiles)
     with contextlib.suppress(Exception):
@@ -121,7 +118,9 @@ def compile_one(shape: tuple[int, int, int, int], chunk: int, kernel: str, tiles
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="32,2,2048,2048;8,8,4096,1024;1,8,32768,2048", help="B,H,T,w;…")
+    parser.add_argument(
+        "--shapes", default="32,2,2,2048,2048;16,8,4,2048,2048;8,8,8,4096,1024;1,8,8,32768,2048", help="B,H,G,T,w;…"
+    )
     parser.add_argument("--chunks", default="1024,2048", help="queries that share a list of keys")
     parser.add_argument("--kernels", default=",".join(CHOICES))
     parser.add_argument("--rounds", type=int, default=15)
@@ -129,29 +128,37 @@ def main() -> None:
     parser.add_argument("--output", default=str(RESULTS / "tiles.csv"))
     args = parser.parse_args()
     where, rows = provenance(torch.device("cuda")), []
-    shapes = [(B, H, T, w) for B, H, T, w in (map(int, shape.split(",")) for shape in args.shapes.split(";"))]
+    shapes = [Shape(*map(int, shape.split(","))) for shape in args.shapes.split(";")]
     choices = [
         (shape, chunk, kernel, tiles)
         for shape in shapes
-        for chunk in (map(int, args.chunks.split(",")) if shape[3] < shape[2] else [sparse.CHUNK])
+        for chunk in (map(int, args.chunks.split(",")) if shape.window < shape.T else [sparse.CHUNK])
         for kernel in args.kernels.split(",")
         for tiles in CHOICES[kernel]
     ]
     if args.compilers:
         # Which kernels, and the chunk, are compiled; the rest of a shape is not.
-        different = {(shape[3] < shape[2], *choice): (shape, *choice) for shape, *choice in choices}
+        different = {
+            (shape.window < shape.T, shape.H // shape.G, *choice): (shape, *choice) for shape, *choice in choices
+        }
         with ProcessPoolExecutor(args.compilers, multiprocessing.get_context("spawn")) as pool:
             list(pool.map(compile_one, *zip(*different.values(), strict=True)))
     for shape, chunk, kernel, tiles in choices:
         use(chunk, kernel, tiles)
-        row: Row = dict(zip(("B", "H", "T", "w"), shape, strict=True)) | {"chunk": chunk, "kernel": kernel}
+        row: Row = shape._asdict() | {"chunk": chunk, "kernel": kernel}
         row |= dict(zip(("queries", "keys", "warps", "stages"), tiles, strict=True))
         try:
-            row |= {"ms": round(milliseconds(launcher(kernel, *shape), args.rounds), 4), "note": ""}
+            row |= {
+                "ms": round(milliseconds(launcher(kernel, *shape), args.rounds, torch.device("cuda")), 4),
+                "note": "",
+            }
         except Exception as error:  # more shared memory or registers than there are: the others still run
             row |= {"ms": "", "note": first_line(error)}
         rows.append(row | where)
-        print(f"{shape!s:<20} {chunk:>5} {kernel:<17} {tiles!s:<18} {row['ms']} {row['note']}", flush=True)
+        print(
+            f"{','.join(map(str, shape)):<20} {chunk:>5} {kernel:<17} {tiles!s:<18} {row['ms']} {row['note']}",
+            flush=True,
+        )
     write_csv(rows, Path(args.output))
 
 

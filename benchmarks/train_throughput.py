@@ -24,8 +24,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import BLUE, GREY, ORANGE, RESULTS, build, first_line, provenance, read_csv, this_device, write_csv
-from dynamic_mask import rates
+from common import (
+    BLUE,
+    GREY,
+    ORANGE,
+    RESULTS,
+    build,
+    first_line,
+    provenance,
+    rates,
+    read_csv,
+    this_device,
+    write_csv,
+)
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 

@@ -20,6 +20,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from small_doge.ops import heads, triton_heads
 from small_doge.ops.dynamic_mask import triton_attention, triton_packed, triton_window
 
 SPARSE, PACKED = (importlib.import_module(f"small_doge.ops.dynamic_mask.{x}") for x in ("sparse", "packed"))
@@ -40,7 +41,8 @@ TYPES |= dict.fromkeys("s scores lse delta dk dv db".split(), "*fp32")
 def compiled(
     function: Any, capability: int, constants: dict[str, object], warps: int, stages: int, **types: str
 ) -> dict[str, object]:
-    """What one kernel takes: bytes of shared memory and stack, registers, and whether it has Hopper's instructions."""
+    """What one kernel takes: bytes of shared memory and stack, registers, whether it has Hopper's instructions, and
+    whether each of these waits for the one before, as ptxas has it where it cannot follow their accumulators."""
     names = [p.name for p in function.params]
     signature = {x: "constexpr" if x in constants else (TYPES | types).get(x, "i32") for x in names}
     values = {(names.index(x),): value for x, value in constants.items()}
@@ -54,11 +56,15 @@ def compiled(
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-        command = [tool, "--dump-resource-usage", cubin]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     wgmma = "wgmma" in kernel.asm["ptx"]
-    return {"shared": kernel.metadata.shared, "registers": registers, "stack": stack, "wgmma": wgmma}
+    one_by_one = wgmma and len(re.findall(r"\bWARPGROUP", code)) > len(re.findall(r"\bHGMMA", code))
+    found = {"shared": kernel.metadata.shared, "registers": registers, "stack": stack}
+    return found | {"wgmma": wgmma, "one_by_one": one_by_one}
 
 
 if __name__ == "__main__":
@@ -73,6 +79,11 @@ if __name__ == "__main__":
         rows = {"q": queries, "do": queries, "k": keys, "v": keys}
         blocks = {x: f"tensordesc<bf16[1, 1, {n}, 128]>" for x, n in rows.items()}
         found["packed_" + name] = compiled(getattr(triton_packed, name), capability, constants, warps, stages, **blocks)
+    for name in ("forward", "backward"):
+        constants = {"D": 128, "BLOCK": heads._BLOCK, "HALF": 64}
+        types = dict.fromkeys("qkv dk dv".split(), "*bf16") | {"eps": "fp32"}
+        types |= dict.fromkeys("q_norm k_norm cos sin norms".split(), "*fp32")
+        found["heads_" + name] = compiled(getattr(triton_heads, name), capability, constants, 4, 3, **types)
     for name in CONSTANTS:
         warps = 8 if name in ("list_keys", "count_at_least") else 4
         found[name] = compiled(getattr(triton_window, name), capability, CONSTANTS[name], warps, 3, out="*i32")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_heads import compare
 
 from small_doge.models import DogeForCausalLM, config_for, projections
 from small_doge.ops.dynamic_mask import (
@@ -16,6 +17,7 @@ from small_doge.ops.dynamic_mask import (
     visible_keys,
 )
 from small_doge.ops.dynamic_mask.decode import replace_worst
+from small_doge.ops.heads import projected_heads
 from small_doge.ops.linear_cross_entropy import linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -135,8 +137,19 @@ def test_products_in_one_give_what_they_give_alone(monkeypatch, dtype, tolerance
     got.backward()
     assert abs(got.item() - expected.item()) < tolerance * expected.item()
     for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
-        if name.endswith("proj.weight") and "dt_proj" not in name:
+        if name.endswith(("q_norm.weight", "k_norm.weight", "proj.weight")) and "dt_proj" not in name:
             assert relative_error(p.grad, q.grad) < 3 * tolerance, name
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 3, 1, 1, 2), (2, 1037, 200, 4, 2, 64), (3, 190, 48, 6, 3, 80), (1, 4097, 256, 8, 4, 128)], ids=str
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_projected_heads_against_float64(shape, dtype, tolerance, compiled):
+    poison()
+    run = torch.compile(projected_heads, fullgraph=True) if compiled else projected_heads
+    compare(run, shape, dtype, tolerance, device="cuda", bias=shape[1] == 190, rows_differ=shape[0] > 1)
 
 
 @pytest.mark.parametrize("T", [1, 2, 17, 127, 128, 129, 1000, 4097])

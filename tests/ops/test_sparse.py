@@ -200,13 +200,14 @@ def test_kernels_fit_a_gpu_without_spilling_registers(capability):
     """A process of its own: this one's Triton interprets. Registers that were spilled would show as stack."""
     command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), str(capability)]
     kernels = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert len(kernels) == (12 if capability == 90 else 9)
+    assert len(kernels) == (14 if capability == 90 else 11)
     for name, takes in kernels.items():
         assert takes["shared"] <= GPUS[capability] << 10, name
         # The fastest backward_keys on Hopper (benchmarks/tiles.py) spills a little outside its loop.
-        assert takes["stack"] <= (160 if name.endswith("backward_keys") and capability == 90 else 0), name
+        assert takes["stack"] <= (192 if name.endswith("backward_keys") and capability == 90 else 0), name
         attention = name.removeprefix("packed_") in launcher.HOPPER
         assert takes["wgmma"] == (attention and capability == 90), name
+        assert not takes["one_by_one"], name
 
 
 CHECKS = ("test_schema", "test_faketensor")  # not the values: what lies past the end of a list is never read

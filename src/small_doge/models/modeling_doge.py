@@ -23,6 +23,7 @@ from transformers.modeling_outputs import (
 )
 
 from ..ops.dynamic_mask import aged, dynamic_mask_attention
+from ..ops.heads import projected_heads, takes_heads
 from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
 from .cache import DynamicMaskCache
 from .checkpoints import FIRST_RELEASE_NAMES, config_as_stored
@@ -30,7 +31,7 @@ from .configuration_doge import DogeConfig
 from .generation import DogeGenerationMixin
 from .masks import Visibility, visibility
 from .moe import DogeCDMoE, DogeMLP, DogeMoEModelOutput
-from .projections import project
+from .projections import better_together, joined, project
 from .rotary import grows_with_length, rotary_angles, rotate, rotate_to, text_length
 
 
@@ -70,6 +71,25 @@ class DogeAttention(nn.Module):
         compute = torch.promote_types(dt.dtype, torch.float32)
         return torch.exp(self.A.to(compute) * F.softplus(dt.to(compute))).transpose(1, 2)
 
+    def heads(
+        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], rotate_k: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, T, C) → q (B, H, T, D), normed and rotated, k (B, G, T, D) likewise, or normed only, and v."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if (
+            rotate_k
+            and isinstance(self.q_norm, DogeRMSNorm)
+            and isinstance(self.k_norm, DogeRMSNorm)
+            and takes_heads(x, self.head_dim)
+            and better_together(x, *layers)
+        ):
+            norms = (self.q_norm.weight, self.k_norm.weight)
+            return projected_heads(x, *joined(*layers), norms, angles, self.config.heads[0], self.config.rms_norm_eps)
+        B, T, _ = x.shape
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, *layers))
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
+        return rotate(q, angles), rotate(k, angles) if rotate_k else k, v.transpose(1, 2)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -89,14 +109,8 @@ class DogeAttention(nn.Module):
         """
         B, T, _ = hidden_states.shape
         visible = visible or Visibility()
-        projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (x.view(B, T, -1, self.head_dim) for x in projected)
-        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)  # (B, H, T, D), (B, G, T, D)
-        v = v.transpose(1, 2)
-        q = rotate(q, q_angles)
         unrotated = past_key_values is not None and grows_with_length(self.config)
-        if not unrotated:
-            k = rotate(k, q_angles)
+        q, k, v = self.heads(hidden_states, q_angles, rotate_k=not unrotated)
         options: dict[str, Any] = {"return_weights": output_attentions}
         options["dropout_p"] = self.config.attention_dropout or 0.0 if self.training else 0.0
         if isinstance(past_key_values, DynamicMaskCache):

@@ -25,11 +25,18 @@ def project_together(x: torch.Tensor, *layers: nn.Linear) -> torch.Tensor | None
     names and shapes that checkpoints have. Anything that has taken a layer's place (an adapter, a quantised or sharded
     weight) or listens to it (a hook) is called as it is.
     """
-    if not (x.is_cuda and x.numel() >= _ENOUGH and all(plain(layer) for layer in layers)):
-        return None
-    weight = torch.cat([layer.weight for layer in layers])
+    return F.linear(x, *joined(*layers)) if better_together(x, *layers) else None
+
+
+def better_together(x: torch.Tensor, *layers: nn.Linear) -> bool:
+    """Whether one product is faster, and the weights of the layers are all there is to them."""
+    return x.is_cuda and x.numel() >= _ENOUGH and all(plain(layer) for layer in layers)
+
+
+def joined(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and biases of several layers, one below the other."""
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight, bias)
+    return torch.cat([layer.weight for layer in layers]), bias
 
 
 def plain(layer: nn.Module) -> bool:

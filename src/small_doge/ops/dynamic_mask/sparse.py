@@ -17,7 +17,7 @@ Tiles = tuple[int, int, int, int]
 HOPPER: dict[str, Tiles] = {
     "forward": (64, 64, 4, 2),
     "backward_queries": (64, 64, 4, 2),
-    "backward_keys": (64, 128, 8, 2),
+    "backward_keys": (64, 64, 4, 2),
 }
 OTHERS: dict[str, Tiles] = {  # within the 99 KiB of shared memory of an RTX 30 or 40, and without spilling registers
     "forward": (128, 64, 8, 3),

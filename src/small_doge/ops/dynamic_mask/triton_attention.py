@@ -24,39 +24,13 @@ def _hide(logits, i, j, x, ends):
 
 
 @triton.jit
-def _attend(
-    acc, top, total, q, i, start, stop, keys, ends, scores, k, v, stride_k, stride_v, T, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """One pass of online softmax over the slots start ≤ x < stop."""
-    d = tl.arange(0, BLOCK_D)
-    for begin in range(start, stop, BLOCK_N):
-        x = begin + tl.arange(0, BLOCK_N)
-        j, bias, there = tl.load(keys + x), tl.load(scores + x), d[None, :] < D
-        k_tile = tl.load(k + j[:, None] * stride_k + d[None, :], mask=there, other=0.0)
-        logits = _dot(q, tl.trans(k_tile), tl.zeros([q.shape[0], BLOCK_N], tl.float32), EXACT) * scale + bias[None, :]
-        if MASKED:
-            logits = _hide(logits, i, j, x, ends)
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet
-        p = tl.exp2(logits - shift[:, None])
-        shrink = tl.exp2(top - shift)
-        total = total * shrink + tl.sum(p, 1)
-        v_tile = tl.load(v + j[:, None] * stride_v + d[None, :], mask=there, other=0.0)
-        acc = _dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], EXACT)
-        top = new_top
-    return acc, top, total
-
-
-@triton.jit
 def _ranges(i0, row, ranges, T, OLD, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where the list of the queries i0 … i0 + BLOCK_M − 1 begins, and the slots they see: up to `whole` all of them see
-    all, from there to `old` some do, and from OLD to `new`."""
+    """Where the list of the queries i0 … i0 + BLOCK_M − 1 begins, and how many tiles of it they see: `whole` that all
+    of them see, `old` with those that some of them do, and `new`, which begin at OLD and some of them see."""
     base = (row * tl.cdiv(T, CHUNK) + i0 // CHUNK) * (OLD + CHUNK)
     ranges += (row * tl.cdiv(T, BLOCK_M) + i0 // BLOCK_M) * 3
-    whole = tl.load(ranges) // BLOCK_N * BLOCK_N
-    return base, whole, tl.load(ranges + 1), OLD + tl.load(ranges + 2)
+    old, new = tl.cdiv(tl.load(ranges + 1), BLOCK_N), tl.cdiv(tl.load(ranges + 2), BLOCK_N)
+    return base, tl.load(ranges) // BLOCK_N, old, new
 
 
 @triton.jit
@@ -88,41 +62,28 @@ def forward(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc, top, total = _attend(acc, top, total, q_tile, i, 0, whole, keys, ends, scores, k, v, stride_kt, stride_vt, T,
-                              scale, False, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
-    acc, top, total = _attend(acc, top, total, q_tile, i, whole, old, keys, ends, scores, k, v, stride_kt, stride_vt, T,
-                              scale, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
-    acc, top, total = _attend(acc, top, total, q_tile, i, OLD, new, keys, ends, scores, k, v, stride_kt, stride_vt, T,
-                              scale, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+    for step in range(old + new):
+        begin = tl.where(step < old, step * BLOCK_N, OLD + (step - old) * BLOCK_N)
+        x = begin + tl.arange(0, BLOCK_N)
+        j, bias = tl.load(keys + x), tl.load(scores + x)
+        k_tile = tl.load(k + j[:, None] * stride_kt + d[None, :], mask=d[None, :] < D, other=0.0)
+        logits = _dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EXACT) * scale + bias[None, :]
+        if step >= whole:
+            logits = _hide(logits, i, j, x, ends)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet
+        p = tl.exp2(logits - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(p, 1)
+        v_tile = tl.load(v + j[:, None] * stride_vt + d[None, :], mask=d[None, :] < D, other=0.0)
+        acc = _dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], EXACT)
+        top = new_top
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
     acc = acc / total[:, None]
     out += b * stride_ob + h * stride_oh
     tl.store(out + i[:, None] * stride_ot + d[None, :], acc.to(out.dtype.element_ty), mask=here)
     tl.store(lse + head.to(tl.int64) * T + i, tl.where(nothing, 0.0, top + tl.log2(total)), mask=i < T)
-
-
-@triton.jit
-def _collect_dq(
-    dq, q, do, lse, delta, i, start, stop, keys, ends, scores, k, v, stride_k, stride_v, T, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
-    for begin in range(start, stop, BLOCK_N):
-        x = begin + tl.arange(0, BLOCK_N)
-        j, bias, there = tl.load(keys + x), tl.load(scores + x), d[None, :] < D
-        k_tile = tl.load(k + j[:, None] * stride_k + d[None, :], mask=there, other=0.0)
-        v_tile = tl.load(v + j[:, None] * stride_v + d[None, :], mask=there, other=0.0)
-        zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
-        logits = _dot(q, tl.trans(k_tile), zeros, EXACT) * scale + (bias[None, :] - lse[:, None])
-        if MASKED:
-            logits = _hide(logits, i, j, x, ends)
-        p = tl.exp2(logits)
-        dp = _dot(do, tl.trans(v_tile), zeros, EXACT)
-        ds = p * (dp - delta[:, None])
-        dq = _dot(ds.to(k_tile.dtype), k_tile, dq, EXACT)
-    return dq
 
 
 @triton.jit
@@ -161,41 +122,21 @@ def backward_queries(
     ends += base
     scores += base
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    acc = _collect_dq(acc, q_tile, do_tile, lse_i, delta_i, i, 0, whole, keys, ends, scores, k, v, stride_kt,
-                      stride_vt, T, scale, False, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
-    acc = _collect_dq(acc, q_tile, do_tile, lse_i, delta_i, i, whole, old, keys, ends, scores, k, v, stride_kt,
-                      stride_vt, T, scale, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
-    acc = _collect_dq(acc, q_tile, do_tile, lse_i, delta_i, i, OLD, new, keys, ends, scores, k, v, stride_kt,
-                      stride_vt, T, scale, True, D, BLOCK_D, BLOCK_N, EXACT)  # fmt: skip
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(old + new):
+        begin = tl.where(step < old, step * BLOCK_N, OLD + (step - old) * BLOCK_N)
+        x = begin + tl.arange(0, BLOCK_N)
+        j, bias = tl.load(keys + x), tl.load(scores + x)
+        k_tile = tl.load(k + j[:, None] * stride_kt + d[None, :], mask=d[None, :] < D, other=0.0)
+        logits = _dot(q_tile, tl.trans(k_tile), zeros, EXACT) * scale + (bias[None, :] - lse_i[:, None])
+        if step >= whole:
+            logits = _hide(logits, i, j, x, ends)
+        p = tl.exp2(logits)
+        v_tile = tl.load(v + j[:, None] * stride_vt + d[None, :], mask=d[None, :] < D, other=0.0)
+        ds = p * (_dot(do_tile, tl.trans(v_tile), zeros, EXACT) - delta_i[:, None])
+        acc = _dot(ds.to(k_tile.dtype), k_tile, acc, EXACT)
     acc *= scale * 0.6931471805599453
     tl.store(dq + at_q, acc.to(dq.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _collect_dkv(
-    dk, dv, db, k_tile, v_tile, bias, j, end, start, stop, q, do, lse, delta, stride_q, stride_d, T, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """One pass over the queries start ≤ i < stop; everything stands transposed, keys along the first dimension."""
-    d = tl.arange(0, BLOCK_D)
-    for begin in range(start, stop, BLOCK_M):
-        i = begin + tl.arange(0, BLOCK_M)
-        here = (i[:, None] < T) & (d[None, :] < D)
-        q_tile = tl.load(q + i[:, None] * stride_q + d[None, :], mask=here, other=0.0)
-        do_tile = tl.load(do + i[:, None] * stride_d + d[None, :], mask=here, other=0.0)
-        lse_i = tl.load(lse + i, mask=i < T, other=float("inf"))  # past the end: p is 0
-        delta_i = tl.load(delta + i, mask=i < T, other=0.0)
-        zeros = tl.zeros([k_tile.shape[0], BLOCK_M], tl.float32)
-        logits = _dot(k_tile, tl.trans(q_tile), zeros, EXACT) * scale + (bias[:, None] - lse_i[None, :])
-        if MASKED:
-            logits = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), logits, float("-inf"))
-        p = tl.exp2(logits)
-        dv = _dot(p.to(do_tile.dtype), do_tile, dv, EXACT)
-        dp = _dot(v_tile, tl.trans(do_tile), zeros, EXACT)
-        ds = p * (dp - delta_i[None, :])
-        db += tl.sum(ds, 1)
-        dk = _dot(ds.to(q_tile.dtype), q_tile, dk, EXACT)
-    return dk, dv, db
 
 
 @triton.jit
@@ -236,22 +177,34 @@ def backward_keys(
     # Old keys are all seen, and need no mask, until the first of them leaves.
     middle = tl.where(low < first, tl.minimum(tl.min(end, 0), limit) // BLOCK_M * BLOCK_M, start)
     middle = tl.maximum(middle, start)
+    q += b * stride_qb + m * N * stride_qh
+    do += b * stride_db + m * N * stride_dh
+    lse += row * N * T
+    delta += row * N * T
     k_tile = tl.load(k + b * stride_kb + m * stride_kh + j[:, None] * stride_kt + d[None, :], mask=there, other=0.0)
     v_tile = tl.load(v + b * stride_vb + m * stride_vh + j[:, None] * stride_vt + d[None, :], mask=there, other=0.0)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     db_tile = tl.zeros([BLOCK_N], tl.float32)
-    for n in range(N):
-        h = m * N + n
-        q_n = q + b * stride_qb + h * stride_qh
-        do_n = do + b * stride_db + h * stride_dh
-        at = (row * N + n) * T
-        dk_tile, dv_tile, db_tile = _collect_dkv(
-            dk_tile, dv_tile, db_tile, k_tile, v_tile, bias, j, end, start, middle, q_n, do_n, lse + at, delta + at,
-            stride_qt, stride_dt, T, scale, False, D, BLOCK_D, BLOCK_M, EXACT)  # fmt: skip
-        dk_tile, dv_tile, db_tile = _collect_dkv(
-            dk_tile, dv_tile, db_tile, k_tile, v_tile, bias, j, end, middle, stop, q_n, do_n, lse + at, delta + at,
-            stride_qt, stride_dt, T, scale, True, D, BLOCK_D, BLOCK_M, EXACT)  # fmt: skip
+    zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    steps = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
+    for step in range(N * steps):
+        n = step // steps
+        begin = start + (step - n * steps) * BLOCK_M
+        i = begin + tl.arange(0, BLOCK_M)
+        here = (i[:, None] < T) & (d[None, :] < D)
+        q_tile = tl.load(q + n * stride_qh + i[:, None] * stride_qt + d[None, :], mask=here, other=0.0)
+        do_tile = tl.load(do + n * stride_dh + i[:, None] * stride_dt + d[None, :], mask=here, other=0.0)
+        lse_i = tl.load(lse + n * T + i, mask=i < T, other=float("inf"))  # past the end: p is 0
+        delta_i = tl.load(delta + n * T + i, mask=i < T, other=0.0)
+        logits = _dot(k_tile, tl.trans(q_tile), zeros, EXACT) * scale + (bias[:, None] - lse_i[None, :])
+        if begin >= middle:
+            logits = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < end[:, None]), logits, float("-inf"))
+        p = tl.exp2(logits)
+        dv_tile = _dot(p.to(do_tile.dtype), do_tile, dv_tile, EXACT)
+        ds = p * (_dot(v_tile, tl.trans(do_tile), zeros, EXACT) - delta_i[None, :])
+        db_tile += tl.sum(ds, 1)
+        dk_tile = _dot(ds.to(q_tile.dtype), q_tile, dk_tile, EXACT)
     dk_tile *= scale * 0.6931471805599453
     at = (row * T + j)[:, None] * D + d[None, :]
     tl.atomic_add(dk + at, dk_tile, mask=there, sem="relaxed")

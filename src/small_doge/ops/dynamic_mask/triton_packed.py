@@ -2,6 +2,8 @@
 
 Documents lie one behind the other in a row, so the keys of a query are one run of positions, start_i ≤ j ≤ i, and the
 queries of a key another, j ≤ i < end_j. Tiles outside are not touched, and those that all of a tile see need no mask.
+A kernel has one loop over all its tiles, as each loop fills and drains a pipeline of its own, and from several loops
+one after the other Triton 3.6 makes products that wait for each other (tests/ops/compile_kernels.py counts them).
 
 Shapes: B rows, H = M·N query heads on M heads of keys, T positions, D head size. q, k, v and do are descriptors of
 (B, H or M, T, D), whose blocks Hopper copies by itself and which give zeros past the end; out, dq, dk and dv are
@@ -45,37 +47,12 @@ def _keys_of(i0, b, starts, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    acc, top, total, q, i, start, begin, end, s, k, v, b, m, T, scale,
-    MASKED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """One pass of online softmax over the keys begin ≤ j < end."""
-    for j0 in range(begin, end, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
-        k_tile = k.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
-        bias = tl.load(s + j, mask=j < T, other=0.0) if MASKED else tl.load(s + j)
-        logits = _dot(q, tl.trans(k_tile), tl.zeros([q.shape[0], BLOCK_N], tl.float32), EXACT)
-        logits = logits * scale + (bias * LOG2_E)[None, :]
-        if MASKED:
-            logits = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= start[:, None]), logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet
-        p = tl.exp2(logits - shift[:, None])
-        shrink = tl.exp2(top - shift)
-        total = total * shrink + tl.sum(p, 1)
-        v_tile = v.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
-        acc = _dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], EXACT)
-        top = new_top
-    return acc, top, total
-
-
-@triton.jit
 def forward(
     q, k, v, s, starts, out, lse,
     T, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of queries and query head. lse: (B·H, T) float32."""
+    """Online softmax; one program a tile of queries and query head. lse: (B·H, T) float32."""
     head = tl.program_id(1)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     b, h = head // (M * N), head % (M * N)
@@ -88,41 +65,27 @@ def forward(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc, top, total = _attend(
-        acc, top, total, q_tile, i, start, first, inner, s, k, v, b, m, T, scale, True, BLOCK_D, BLOCK_N, EXACT,
-    )  # fmt: skip
-    acc, top, total = _attend(
-        acc, top, total, q_tile, i, start, inner, diagonal, s, k, v, b, m, T, scale, False, BLOCK_D, BLOCK_N, EXACT,
-    )  # fmt: skip
-    acc, top, total = _attend(
-        acc, top, total, q_tile, i, start, diagonal, last, s, k, v, b, m, T, scale, True, BLOCK_D, BLOCK_N, EXACT,
-    )  # fmt: skip
+    for j0 in range(first, last, BLOCK_N):
+        j = j0 + tl.arange(0, BLOCK_N)
+        k_tile = k.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
+        bias = tl.load(s + j, mask=j < T, other=0.0)
+        logits = _dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EXACT)
+        logits = logits * scale + (bias * LOG2_E)[None, :]
+        if (j0 < inner) | (j0 >= diagonal):
+            logits = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= start[:, None]), logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet
+        p = tl.exp2(logits - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(p, 1)
+        v_tile = v.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
+        acc = _dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], EXACT)
+        top = new_top
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
     at, here = _places(b, h, i, T, M * N, D, BLOCK_D)
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
     tl.store(lse + head.to(tl.int64) * T + i, tl.where(nothing, 0.0, top + tl.log2(total)), mask=i < T)
-
-
-@triton.jit
-def _collect_dq(
-    dq, q, do, lse, delta, i, start, begin, end, s, k, v, b, m, T, scale,
-    MASKED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Adds the part of the keys begin ≤ j < end."""
-    for j0 in range(begin, end, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
-        k_tile = k.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
-        v_tile = v.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
-        bias = tl.load(s + j, mask=j < T, other=0.0) if MASKED else tl.load(s + j)
-        zeros = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
-        logits = _dot(q, tl.trans(k_tile), zeros, EXACT) * scale + ((bias * LOG2_E)[None, :] - lse[:, None])
-        if MASKED:
-            logits = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= start[:, None]), logits, float("-inf"))
-        p = tl.exp2(logits)
-        ds = p * (_dot(do, tl.trans(v_tile), zeros, EXACT) - delta[:, None])
-        dq = _dot(ds.to(k_tile.dtype), k_tile, dq, EXACT)
-    return dq
 
 
 @triton.jit
@@ -149,44 +112,20 @@ def backward_queries(
     s += (b * M + m).to(tl.int64) * T
     start, first, inner, diagonal, last = _keys_of(i0, b, starts, T, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    acc = _collect_dq(
-        acc, q_tile, do_tile, lse_i, delta_i, i, start, first, inner, s, k, v, b, m, T, scale, True, BLOCK_D, BLOCK_N,
-        EXACT,
-    )  # fmt: skip
-    acc = _collect_dq(
-        acc, q_tile, do_tile, lse_i, delta_i, i, start, inner, diagonal, s, k, v, b, m, T, scale, False, BLOCK_D,
-        BLOCK_N, EXACT,
-    )  # fmt: skip
-    acc = _collect_dq(
-        acc, q_tile, do_tile, lse_i, delta_i, i, start, diagonal, last, s, k, v, b, m, T, scale, True, BLOCK_D,
-        BLOCK_N, EXACT,
-    )  # fmt: skip
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for j0 in range(first, last, BLOCK_N):
+        j = j0 + tl.arange(0, BLOCK_N)
+        k_tile = k.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
+        v_tile = v.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
+        bias = tl.load(s + j, mask=j < T, other=0.0)
+        logits = _dot(q_tile, tl.trans(k_tile), zeros, EXACT) * scale + ((bias * LOG2_E)[None, :] - lse_i[:, None])
+        if (j0 < inner) | (j0 >= diagonal):
+            logits = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= start[:, None]), logits, float("-inf"))
+        p = tl.exp2(logits)
+        ds = p * (_dot(do_tile, tl.trans(v_tile), zeros, EXACT) - delta_i[:, None])
+        acc = _dot(ds.to(k_tile.dtype), k_tile, acc, EXACT)
     acc *= scale * 0.6931471805599453
     tl.store(dq + at, acc.to(dq.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _collect_dkv(
-    dk, dv, db, k_tile, v_tile, bias, j, stop, begin, end, q, do, lse, delta, b, h, T, scale,
-    MASKED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Adds the part of the queries begin ≤ i < end; everything stands transposed, keys along the first dimension."""
-    for i0 in range(begin, end, BLOCK_M):
-        i = i0 + tl.arange(0, BLOCK_M)
-        q_tile = q.load([b, h, i0, 0]).reshape(BLOCK_M, BLOCK_D)
-        lse_i = tl.load(lse + i, mask=i < T, other=float("inf")) if MASKED else tl.load(lse + i)
-        zeros = tl.zeros([k_tile.shape[0], BLOCK_M], tl.float32)
-        logits = _dot(k_tile, tl.trans(q_tile), zeros, EXACT) * scale + (bias[:, None] - lse_i[None, :])
-        if MASKED:
-            logits = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < stop[:, None]), logits, float("-inf"))
-        p = tl.exp2(logits)
-        do_tile = do.load([b, h, i0, 0]).reshape(BLOCK_M, BLOCK_D)
-        dv = _dot(p.to(do_tile.dtype), do_tile, dv, EXACT)
-        delta_i = tl.load(delta + i, mask=i < T, other=0.0) if MASKED else tl.load(delta + i)
-        ds = p * (_dot(v_tile, tl.trans(do_tile), zeros, EXACT) - delta_i[None, :])
-        db += tl.sum(ds, 1)
-        dk = _dot(ds.to(q_tile.dtype), q_tile, dk, EXACT)
-    return dk, dv, db
 
 
 @triton.jit
@@ -195,7 +134,11 @@ def backward_keys(
     T, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of keys and head of keys: dk, dv (B, T, M, D) and db (B, M, T) float32, each written once."""
+    """One program a tile of keys and head of keys: dk, dv (B, T, M, D) and db (B, M, T) float32, each written once.
+
+    Everything stands transposed, keys along the first dimension. One loop goes through the query heads of the keys,
+    and the tiles of queries of each: a pipeline is filled and drained once.
+    """
     row = tl.program_id(1)
     b, m = row // M, row % M
     j0 = tl.program_id(0) * BLOCK_N
@@ -205,30 +148,38 @@ def backward_keys(
     stop = tl.load(ends + j, mask=j < T, other=0)
     whole, last = tl.load(ends + j0), tl.load(ends + after - 1)
     # Masked up to `inner`, where the diagonal is past, seen by all up to `outer`, where a document ends, then masked.
+    first = j0 // BLOCK_M * BLOCK_M
     inner = tl.cdiv(after, BLOCK_M) * BLOCK_M
     outer = tl.maximum(whole // BLOCK_M * BLOCK_M, inner)
+    tiles = tl.cdiv(last - first, BLOCK_M)
     s += row.to(tl.int64) * T
+    lse += (row * N).to(tl.int64) * T
+    delta += (row * N).to(tl.int64) * T
     bias = tl.load(s + j, mask=j < T, other=0.0) * LOG2_E
     k_tile = k.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
     v_tile = v.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     db_tile = tl.zeros([BLOCK_N], tl.float32)
-    for n in range(N):
-        h = m * N + n
-        rows = (row * N + n).to(tl.int64) * T
-        dk_tile, dv_tile, db_tile = _collect_dkv(
-            dk_tile, dv_tile, db_tile, k_tile, v_tile, bias, j, stop, j0 // BLOCK_M * BLOCK_M, tl.minimum(inner,
-            last), q, do, lse + rows, delta + rows, b, h, T, scale, True, BLOCK_D, BLOCK_M, EXACT,
-        )  # fmt: skip
-        dk_tile, dv_tile, db_tile = _collect_dkv(
-            dk_tile, dv_tile, db_tile, k_tile, v_tile, bias, j, stop, inner, outer, q, do, lse + rows, delta + rows,
-            b, h, T, scale, False, BLOCK_D, BLOCK_M, EXACT,
-        )  # fmt: skip
-        dk_tile, dv_tile, db_tile = _collect_dkv(
-            dk_tile, dv_tile, db_tile, k_tile, v_tile, bias, j, stop, outer, last, q, do, lse + rows, delta + rows, b,
-            h, T, scale, True, BLOCK_D, BLOCK_M, EXACT,
-        )  # fmt: skip
+    zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for step in range(N * tiles):
+        n = step // tiles
+        i0 = first + (step - n * tiles) * BLOCK_M
+        i = i0 + tl.arange(0, BLOCK_M)
+        q_tile = q.load([b, m * N + n, i0, 0]).reshape(BLOCK_M, BLOCK_D)
+        lse_i = tl.load(lse + n * T + i, mask=i < T, other=float("inf"))
+        do_tile = do.load([b, m * N + n, i0, 0]).reshape(BLOCK_M, BLOCK_D)
+        logits = _dot(k_tile, tl.trans(q_tile), zeros, EXACT)
+        dp = _dot(v_tile, tl.trans(do_tile), zeros, EXACT)
+        logits = logits * scale + (bias[:, None] - lse_i[None, :])
+        if (i0 < inner) | (i0 >= outer):
+            logits = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < stop[:, None]), logits, float("-inf"))
+        p = tl.exp2(logits)
+        dv_tile = _dot(p.to(do_tile.dtype), do_tile, dv_tile, EXACT)
+        delta_i = tl.load(delta + n * T + i, mask=i < T, other=0.0)
+        ds = p * (dp - delta_i[None, :])
+        db_tile += tl.sum(ds, 1)
+        dk_tile = _dot(ds.to(q_tile.dtype), q_tile, dk_tile, EXACT)
     dk_tile *= scale * 0.6931471805599453
     at, there = _places(b, m, j, T, M, D, BLOCK_D)
     tl.store(dk + at, dk_tile.to(dk.dtype.element_ty), mask=there)

@@ -1,0 +1,110 @@
+"""q, k and v from one product, normed and rotated by kernels in Triton's interpreter, against float64."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from small_doge.models import DogeConfig
+from small_doge.models.rotary import rotary_angles, rotate
+from small_doge.ops import heads as module
+from small_doge.ops.heads import projected_heads
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="test_on_gpu.py takes from here")
+EPS = 1e-3  # large enough to be seen
+
+
+def case(shape, dtype, bias=False, rows_differ=True):
+    """Leaves x, weight, bias, norms in ``dtype``, cos and sin, and cotangents of q, k and v."""
+    B, T, C, H, G, D = shape
+    g = torch.Generator().manual_seed(T)
+
+    def random(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    leaves = [random(B, T, C), random((H + 2 * G) * D, C) / 2, random((H + 2 * G) * D) if bias else None]
+    leaves += [1 + random(D) / 4, 1 + random(D) / 4]
+    positions = torch.randint(50, (B if rows_differ else 1, T), generator=g)
+    config = DogeConfig(hidden_size=H * D, num_attention_heads=H, num_key_value_heads=G)
+    angles = rotary_angles(config, positions, torch.float32, None)
+    cotangents = [random(B, n, T, D).to(dtype) for n in (H, G, G)]
+    return [x if x is None else x.to(dtype) for x in leaves], angles, cotangents
+
+
+def reference(x, weight, bias, q_norm, k_norm, angles, H, G):
+    D = q_norm.shape[0]
+    parts = F.linear(x, weight, bias).split([H * D, G * D, G * D], -1)
+    q, k, v = (y.unflatten(-1, (-1, D)) for y in parts)
+    q, k = (F.rms_norm(y, (D,), w, EPS) for y, w in ((q, q_norm), (k, k_norm)))
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    return rotate(q, angles), rotate(k, angles), v
+
+
+def compare(run, shape, dtype, tolerance, device="cpu", **options):
+    leaves, angles, cotangents = case(shape, dtype, **options)
+    leaves, angles, cotangents = (
+        [x if x is None else x.to(device) for x in group] for group in (leaves, angles, cotangents)
+    )
+    H, G = shape[3:5]
+    exact = [None if x is None else x.double().requires_grad_() for x in leaves]
+    leaves = [None if x is None else x.requires_grad_() for x in leaves]
+    out = run(*leaves[:3], tuple(leaves[3:]), tuple(angles), H, EPS)
+    expected = reference(*exact, tuple(x.double() for x in angles), H, G)
+    there = [x for x in leaves if x is not None]
+    grads = torch.autograd.grad(out, there, cotangents)
+    expected_grads = torch.autograd.grad(
+        expected, [x for x in exact if x is not None], [x.double() for x in cotangents]
+    )
+    for got, right in zip((*out, *grads), (*expected, *expected_grads), strict=True):
+        assert got.dtype == dtype
+        assert got.shape == right.shape
+        assert (got.double() - right).norm() < tolerance * right.norm()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 3, 1, 1, 2), (2, 37, 20, 4, 2, 16), (3, 19, 24, 6, 3, 12), (1, 33, 8, 3, 1, 130)], ids=str
+)
+@pytest.mark.parametrize("rows_differ", [True, False])
+def test_the_kernels_against_float64(shape, dtype, tolerance, rows_differ):
+    """Tokens that are not a multiple of a program's, one position for all rows, heads that are no power of two."""
+    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
+    compare(projected_heads, shape, dtype, tolerance, rows_differ=rows_differ)
+
+
+def test_with_a_bias():
+    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
+    compare(projected_heads, (2, 37, 20, 4, 2, 16), torch.float32, 3e-6, bias=True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_without_a_break(bias):
+    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
+    torch.compiler.reset()
+    run = torch.compile(projected_heads, fullgraph=True)
+    compare(run, (2, 37, 20, 4, 2, 16), torch.float32, 3e-6, bias=bias)
+
+
+def test_frozen_weights_get_no_gradient_and_autocast_decides_the_dtype():
+    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
+    (x, weight, _, *norms), angles, cotangents = case((2, 37, 20, 4, 2, 16), torch.float32)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = projected_heads(x, weight, None, tuple(norms), angles, 4, EPS)
+    assert [y.dtype for y in out] == [torch.bfloat16] * 3
+    (got,) = torch.autograd.grad(out, x, [y.bfloat16() for y in cotangents])
+    exact = x.detach().double().requires_grad_()
+    parts = (exact, weight.double(), None, *(y.double() for y in norms), tuple(y.double() for y in angles), 4, 2)
+    (expected,) = torch.autograd.grad(reference(*parts), exact, [y.double() for y in cotangents])
+    assert got.dtype == torch.float32
+    assert (got - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_the_operators_are_what_torch_compile_is_told():
+    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
+    (x, weight, _, *norms), angles, cotangents = case((2, 5, 20, 4, 2, 16), torch.float32)
+    told = ("test_schema", "test_faketensor")
+    qkv = F.linear(x, weight)
+    torch.library.opcheck(module._forward, (qkv, *norms, *angles, 4, EPS), test_utils=told)
+    torch.library.opcheck(module._backward, (*cotangents, qkv, *norms, *angles, EPS), test_utils=told)
