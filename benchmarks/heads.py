@@ -73,8 +73,10 @@ def main() -> None:
     args = parser.parse_args()
     device = this_device()
     rate, where = rates(device), provenance(device)
-    rows = [row for size in args.sizes.split(",") for row in measure(size, args.rows, args.rounds, device, rate)]
-    write_csv([row | where for row in rows], args.output)
+    rows: list[Row] = []
+    for size in args.sizes.split(","):
+        rows += [row | where for row in measure(size, args.rows, args.rounds, device, rate)]
+        write_csv(rows, args.output)  # after every size: a run that is cut short leaves what it had
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("ms, forward and backward")
-    panels[0][0].legend(frameon=False, fontsize=8, loc="lower left")
+    panels[0][0].legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -263,6 +263,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.draw:
         return draw(read_csv(args.draw), Path(args.draw).with_suffix(".png"))
+    for given, known in ((args.kinds.split(";"), ROWS), (args.sizes.split(","), SIZES)):
+        if unknown := [name for name in given if name not in known]:
+            raise SystemExit(f"unknown: {', '.join(unknown)}, expected some of {'; '.join(known)}")
     where, rate, rows = provenance(this_device()), rates(this_device()), []
     data = PackedTokens(args.data, "train") if args.data else RandomDocuments(1 << 20, args.row_length, args.vocab_size)
     for size in args.sizes.split(","):

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from needles import DEPTHS, POOL, SIZE, Sown, haystack, recalled
-from points import BLUE, GREEN, GREY, ORANGE, RED, Point, Row, parser, save, study, this_device
+from points import BLUE, GREEN, GREY, ORANGE, RED, SKY, Point, Row, parser, save, study, this_device
 from runs import IGNORED, train
 from transformers import DynamicCache
 
@@ -39,9 +39,12 @@ from small_doge.report.plots import attention_and_scores
 DMA, FULL, WINDOW = "dma", "full", "window"
 NAMES = {DMA: "DMA", FULL: "full attention", WINDOW: "sliding window"}
 COLORS = {DMA: BLUE, FULL: GREY, WINDOW: ORANGE}
-KEPT, AGED = GREEN, RED  # DMA whose last keys stay, or whose scores age
-LINES = ("-", "--", ":", "-.")
-KINDS = "full;window:1024;dma:512:0:32768;dma:1024:0:32768;dma:2048:0:32768;dma:512:512;dma:512:512:3276800;dma:1024"
+KEPT, AGED, BOTH = GREEN, RED, SKY  # DMA whose last keys stay, or whose scores age
+LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
+KINDS = (
+    "full;window:1024;dma:512:0:32768;dma:1024:0:32768;dma:2048:0:32768;dma:1024:0:327680;dma:512:512;"
+    "dma:512:512:3276800"
+)
 SETTINGS = ("size", "steps", "stages", "density", "rows", "micro_batches", "learning_rate", "pairs", "tests", "data")
 STAGES = "64:2000 128:200 256:200 512:200 1024:200 4096:200"
 LOADERS = 4  # processes that sow rows of many short texts, which takes longer than a step
@@ -187,9 +190,11 @@ def measure(point: Point) -> list[Row]:
     """Train one kind, and all its figures."""
     data, validation = (PackedTokens(point["data"], split, check=False) for split in ("train", "validation"))
     per_step = point["rows"] * point["micro_batches"]
-    cut = [(int(length), int(steps) * per_step) for length, steps in (x.split(":") for x in point["stages"].split())]
-    counts = {"count": point["steps"] * per_step, "pairs": point["pairs"], "density": point["density"]}
-    sown = Sown(data, point["seed"], stages=cut, **counts)
+    cut = []
+    for stage in point["stages"].split():
+        length, steps, density = [*map(int, stage.split(":")), point["density"]][:3]
+        cut.append((length, steps * per_step, density))
+    sown = Sown(data, point["seed"], count=point["steps"] * per_step, pairs=point["pairs"], stages=cut)
     torch.manual_seed(point["seed"])
     model = model_of(point, data.manifest).to(this_device())
     settings = {name: point[name] for name in ("steps", "rows", "micro_batches", "learning_rate", "seed")}
@@ -238,12 +243,12 @@ def name_of(kind: str, w: int, local: int, lifetime: int) -> str:
 
 
 def color_of(key: tuple[str, int, int, int]) -> str:
-    return AGED if key[3] else KEPT if key[2] else COLORS[key[0]]
+    return BOTH if key[2] and key[3] else AGED if key[3] else KEPT if key[2] else COLORS[key[0]]
 
 
 def report(rows: list[Row]) -> None:
     """Speed, losses, cache and recall by depth at the longest length."""
-    print(f"{'':<32}tokens/s  held out    bits/B  at the end  cache MiB  recalled from depth {DEPTHS}")
+    print(f"{'':<44}tokens/s  held out    bits/B  at the end  cache MiB  recalled from depth {DEPTHS}")
     for key, mine in by_kind(rows).items():
         one = {name: means(mine, name, lambda _: 0)[0] for name in ("tokens_per_second", "eval_loss")}
         bits = means(mine, "eval_bits_per_byte", lambda _: 0)[0]
@@ -253,7 +258,7 @@ def report(rows: list[Row]) -> None:
             [row for row in mine if row["length"] == f"{max(cache):.0f}"], "needle", lambda row: float(row["depth"])
         )
         print(
-            f"{name_of(*key):<32}{one['tokens_per_second']:>8,.0f}  {one['eval_loss']:>8.4f}  {bits:>8.4f}  "
+            f"{name_of(*key):<44}{one['tokens_per_second']:>8,.0f}  {one['eval_loss']:>8.4f}  {bits:>8.4f}  "
             f"{late:>10.4f}  {cache[max(cache)] / 2**20:>9.2f}  {' '.join(f'{x:.2f}' for x in deep.values())}"
         )
 
@@ -320,9 +325,11 @@ def main() -> None:
     args.add_argument("--learning_rate", type=float, default=2e-3)
     args.add_argument("--pairs", type=int, default=256, help="needles and questions of a training row")
     args.add_argument(
-        "--stages", default=STAGES, help="LENGTH:STEPS …: rows of the first steps are cut into such texts"
+        "--stages", default=STAGES, help="LENGTH:STEPS[:DENSITY] …: rows of the first steps are cut into such texts"
     )
-    args.add_argument("--density", type=int, default=20, help="tokens of a short text for each of its needles")
+    args.add_argument(
+        "--density", type=int, default=20, help="tokens of a short text for each of its needles, where a stage has none"
+    )
     args.add_argument("--tests", type=int, default=128, help="haystacks of each length")
     args.add_argument("--seeds", type=int, nargs="+", default=[233])
     options = args.parse_args()

@@ -164,6 +164,8 @@ def test_the_page_on_long_contexts_has_the_figures_of_the_csvs():
     for words, key in {
         "full": kinds["full attention"], "sliding 1,024": ("window", 1024, 0, 0), "DMA 512": ("dma", 512, 0, longest),
         "DMA 1,024": ("dma", 1024, 0, longest), "DMA 2,048": ("dma", 2048, 0, longest),
+        "DMA 1,024, 10": ("dma", 1024, 0, 10 * longest), "DMA 512 + 512 |": ("dma", 512, 512, 0),
+        "DMA 512 + 512, 100": ("dma", 512, 512, 100 * longest),
     }.items():  # fmt: skip
         (*recalled, loss) = cells("long_context.md", f"needles, {words}")[0]
         texts = [row for row in led[key] if row["length"] == "4096"]

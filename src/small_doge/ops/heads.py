@@ -29,7 +29,7 @@ def projected_heads(
     """q, k and v of one matrix product, q and k with RMSNorm over each head (arXiv:1910.07467) and then rotated.
 
     What is between the product and attention is read and written once, in float32 in between; left to torch.compile it
-    is four kernels forward and seven backward, which at 320M took a fifteenth of a training step.
+    is four kernels forward and seven backward, which at 320M took a fourteenth of a training step.
 
     Args:
         x: (B, T, C).
