@@ -36,7 +36,7 @@ from torch import nn
 from small_doge.evaluation.recall import RecallRecipe
 from small_doge.evaluation.recall import build as build_doge
 from small_doge.models import DogeConfig
-from small_doge.models.modeling_doge import DogeAttention, DogeRMSNorm
+from small_doge.models.attention import DogeAttention, DogeRMSNorm
 from small_doge.models.rotary import rotate
 
 MIXERS = ("dma", "dma_local", "full", "sliding", "query_topk", "ssd", "based", "dma_aged")

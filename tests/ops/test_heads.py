@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from small_doge.models import DogeConfig
+from small_doge.models import DogeConfig, DogeForCausalLM, attention, config_for
 from small_doge.models.rotary import rotary_angles, rotate
 from small_doge.ops import heads as module
 from small_doge.ops.heads import projected_heads
@@ -108,3 +108,36 @@ def test_the_operators_are_what_torch_compile_is_told():
     qkv = F.linear(x, weight)
     torch.library.opcheck(module._forward, (qkv, *norms, *angles, 4, EPS), test_utils=told)
     torch.library.opcheck(module._backward, (*cotangents, qkv, *norms, *angles, EPS), test_utils=told)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_model_is_the_same_with_them(monkeypatch, cached):
+    """Two documents in a row that another does not have, so that angles differ; prefilled, or with all gradients."""
+    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
+    torch.manual_seed(0)
+    model = DogeForCausalLM(config_for("tiny", vocab_size=300, num_hidden_layers=2))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.dim() == 1 else 0
+    ids = torch.randint(300, (2, 40))
+    positions = torch.stack([torch.arange(40), torch.cat([torch.arange(15), torch.arange(25)])])
+
+    def found():
+        if cached:
+            with torch.no_grad():
+                return [model(input_ids=ids, use_cache=True).logits]
+        out = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False)
+        return [out.logits, *torch.autograd.grad(out.loss, list(model.parameters()))]
+
+    expected, calls = found(), []
+    monkeypatch.setattr(attention, "takes_heads", lambda x, head_dim: True)
+    monkeypatch.setattr(attention, "better_together", lambda x, *layers: calls.append(1) or True)
+    got = found()
+    assert len(calls) == 2, "one for each layer"
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    heard: list[int] = []  # a norm that somebody listens to is called
+    model.model.layers[0].self_attn.q_norm.register_forward_hook(lambda *_: heard.append(0))
+    model.model.layers[1].self_attn.k_norm.register_forward_hook(lambda *_: heard.append(1))
+    monkeypatch.setattr(attention, "projected_heads", None)
+    found()
+    assert heard == [0, 1]

@@ -39,7 +39,7 @@ def joined(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return torch.cat([layer.weight for layer in layers]), bias
 
 
-def plain(layer: nn.Module) -> bool:
+def plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether its weight can be used in its place: nothing stands for the layer or its weight, or listens to it."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and not hooks and type(layer.weight) in (nn.Parameter, torch.Tensor)
+    return type(layer) is kind and not hooks and type(layer.weight) in (nn.Parameter, torch.Tensor)

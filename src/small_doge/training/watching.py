@@ -11,7 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..data.packing import collate
 from ..errors import UserError
-from ..models.modeling_doge import DogeAttention
+from ..models.attention import DogeAttention
 from ..ops.dynamic_mask.window import aged, eviction_times
 from ..recipe import nearest
 

@@ -1,0 +1,117 @@
+"""Dynamic Mask Attention as a layer of Doge: projections, norms, rotation, scores and whatever cache there is."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+
+from ..ops.dynamic_mask import aged, dynamic_mask_attention
+from ..ops.heads import projected_heads, takes_heads
+from .cache import DynamicMaskCache
+from .configuration_doge import DogeConfig
+from .masks import Visibility
+from .projections import better_together, joined, plain, project
+from .rotary import grows_with_length, rotate, rotate_to
+
+
+class DogeRMSNorm(nn.RMSNorm):
+    """x / √(mean(x²) + ε) · weight over the last dimension (arXiv:1910.07467), computed in at least float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, C), in the wider dtype of x and the weight."""
+        if x.dtype == self.weight.dtype:  # PyTorch's own computes 16 bits in float32
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        compute = torch.promote_types(x.dtype, torch.float32)
+        normed = F.rms_norm(x.to(compute), self.normalized_shape, self.weight.to(compute), self.eps)
+        return normed.to(torch.promote_types(x.dtype, self.weight.dtype))
+
+
+class DogeAttention(nn.Module):
+    """Dynamic Mask Attention: every key carries a score from its own value state (see ``ops.dynamic_mask``)."""
+
+    def __init__(self, config: DogeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        C, bias = config.hidden_size, config.attention_bias
+        H, G, M, self.head_dim = config.heads
+        self.q_proj = nn.Linear(C, H * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(C, G * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(C, G * self.head_dim, bias=bias)
+        self.A = nn.Parameter(torch.zeros(M))
+        self.dt_proj = nn.Linear(G * self.head_dim, M, bias=bias)
+        self.o_proj = nn.Linear(H * self.head_dim, C, bias=bias)
+        self.q_norm = DogeRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = DogeRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def scores(self, v: torch.Tensor) -> torch.Tensor:
+        """s = exp(A · softplus(Wdt v)): values (B, G, Tk, D) → scores (B, M, Tk), in at least float32."""
+        dt = self.dt_proj(v.transpose(1, 2).flatten(2))  # (B, Tk, M)
+        compute = torch.promote_types(dt.dtype, torch.float32)
+        return torch.exp(self.A.to(compute) * F.softplus(dt.to(compute))).transpose(1, 2)
+
+    def heads(
+        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], rotate_k: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, T, C) → q (B, H, T, D), normed and rotated, k (B, G, T, D) likewise, or normed only, and v."""
+        layers, norms = (self.q_proj, self.k_proj, self.v_proj), (self.q_norm, self.k_norm)
+        fused = rotate_k and all(plain(norm, DogeRMSNorm) for norm in norms)
+        if fused and takes_heads(x, self.head_dim) and better_together(x, *layers):
+            weights: Any = (self.q_norm.weight, self.k_norm.weight)
+            return projected_heads(x, *joined(*layers), weights, angles, self.config.heads[0], self.config.rms_norm_eps)
+        B, T, _ = x.shape
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, *layers))
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
+        return rotate(q, angles), rotate(k, angles) if rotate_k else k, v.transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        q_angles: tuple[torch.Tensor, torch.Tensor],
+        k_angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+        positions: torch.Tensor | None = None,
+        length: int | None = None,
+        visible: Visibility | None = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, C) → (B, T, C) and, if asked for, the weights (B, H, T, Tk).
+
+        A cache holds keys rotated where their angles are fixed. Where they change as the text grows it holds them
+        unrotated; a ``DynamicMaskCache`` then takes the ``positions`` (B or 1, T) of the new ones and has all rotated
+        to the angles of a text of ``length``, and for any other cache ``k_angles`` are those of all Tk keys.
+        """
+        B, T, _ = hidden_states.shape
+        visible = visible or Visibility()
+        unrotated = past_key_values is not None and grows_with_length(self.config)
+        q, k, v = self.heads(hidden_states, q_angles, rotate_k=not unrotated)
+        options: dict[str, Any] = {"return_weights": output_attentions}
+        options["dropout_p"] = self.config.attention_dropout or 0.0 if self.training else 0.0
+        if isinstance(past_key_values, DynamicMaskCache):
+            if unrotated:
+                options |= {"positions": positions, "rotate_at": partial(rotate_to, self.config, length)}
+            out, weights = past_key_values.attend(self.layer_idx, q, k, v, self.scores(v), visible, **options)
+        else:
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, self.layer_idx)  # (B, G, Tk, D)
+            if unrotated:
+                assert k_angles is not None
+                k = rotate(k, k_angles)
+            s, window, lifetime = self.scores(v), self.config.keep_window_size, self.config.score_lifetime
+            out, weights = dynamic_mask_attention(
+                q,
+                k,
+                v,
+                s,
+                window,
+                local_window=self.config.local_window,
+                rank_by=aged(s, lifetime, visible.key_mask) if lifetime and s.shape[-1] > window else None,
+                **visible._asdict(),
+                **options,
+            )
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1)), weights
