@@ -203,7 +203,7 @@ def test_kernels_fit_a_gpu_without_spilling_registers(capability):
     assert len(kernels) == (14 if capability == 90 else 11)
     for name, takes in kernels.items():
         assert takes["shared"] <= GPUS[capability] << 10, name
-        # The fastest backward_keys on Hopper (benchmarks/tiles.py) spills a little outside its loop.
+        # The fastest backward_keys on Hopper (benchmarks/tiles.py) spills a little.
         assert takes["stack"] <= (192 if name.endswith("backward_keys") and capability == 90 else 0), name
         attention = name.removeprefix("packed_") in launcher.HOPPER
         assert takes["wgmma"] == (attention and capability == 90), name

@@ -93,22 +93,11 @@ def _arguments(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, eps: float) 
     return arguments, -(-N // _BLOCK)
 
 
-def _empty_heads(qkv: torch.Tensor, heads: int, D: int) -> torch.Tensor:
-    """Uninitialised (B, heads, T, D), the heads of a position side by side."""
-    return qkv.new_empty(*qkv.shape[:2], heads, D).transpose(1, 2)
-
-
-def _empty_q_and_k(
-    qkv: torch.Tensor,
-    q_norm: torch.Tensor,
-    k_norm: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    H: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    D = q_norm.shape[0]
-    return _empty_heads(qkv, H, D), _empty_heads(qkv, (qkv.shape[2] // D - H) // 2, D)
+def _empty(qkv: torch.Tensor, H: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised (B, H, T, D) and (B, G, T, D), the heads of a position side by side."""
+    G = (qkv.shape[2] // D - H) // 2
+    q, k = (qkv.new_empty(*qkv.shape[:2], heads, D).transpose(1, 2) for heads in (H, G))
+    return q, k
 
 
 @torch.library.custom_op("small_doge::norm_and_rotate", mutates_args=())
@@ -122,14 +111,14 @@ def _forward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q (B, H, T, D) and k (B, G, T, D) of qkv (B, T, (H + 2 G)·D)."""
-    q, k = _empty_q_and_k(qkv, q_norm, k_norm, cos, sin, H, eps)
+    q, k = _empty(qkv, H, q_norm.shape[0])
     arguments, programs = _arguments(q, k, cos, eps)
     inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin))
     kernels("triton_heads").forward[(programs,)](*inputs, q, k, **arguments)
     return q, k
 
 
-_forward.register_fake(_empty_q_and_k)
+_forward.register_fake(lambda qkv, q_norm, k_norm, cos, sin, H, eps: _empty(qkv, H, q_norm.shape[0]))
 
 
 @torch.library.custom_op("small_doge::norm_and_rotate_backward", mutates_args=())
