@@ -190,11 +190,9 @@ def measure(point: Point) -> list[Row]:
     """Train one kind, and all its figures."""
     data, validation = (PackedTokens(point["data"], split, check=False) for split in ("train", "validation"))
     per_step = point["rows"] * point["micro_batches"]
-    cut = []
-    for stage in point["stages"].split():
-        length, steps, density = [*map(int, stage.split(":")), point["density"]][:3]
-        cut.append((length, steps * per_step, density))
-    sown = Sown(data, point["seed"], count=point["steps"] * per_step, pairs=point["pairs"], stages=cut)
+    cut = [(int(length), int(steps) * per_step) for length, steps in (x.split(":") for x in point["stages"].split())]
+    counts = {"count": point["steps"] * per_step, "pairs": point["pairs"], "density": point["density"]}
+    sown = Sown(data, point["seed"], stages=cut, **counts)
     torch.manual_seed(point["seed"])
     model = model_of(point, data.manifest).to(this_device())
     settings = {name: point[name] for name in ("steps", "rows", "micro_batches", "learning_rate", "seed")}
@@ -325,11 +323,9 @@ def main() -> None:
     args.add_argument("--learning_rate", type=float, default=2e-3)
     args.add_argument("--pairs", type=int, default=256, help="needles and questions of a training row")
     args.add_argument(
-        "--stages", default=STAGES, help="LENGTH:STEPS[:DENSITY] …: rows of the first steps are cut into such texts"
+        "--stages", default=STAGES, help="LENGTH:STEPS …: rows of the first steps are cut into such texts"
     )
-    args.add_argument(
-        "--density", type=int, default=20, help="tokens of a short text for each of its needles, where a stage has none"
-    )
+    args.add_argument("--density", type=int, default=20, help="tokens of a short text for each of its needles")
     args.add_argument("--tests", type=int, default=128, help="haystacks of each length")
     args.add_argument("--seeds", type=int, nargs="+", default=[233])
     options = args.parse_args()

@@ -71,17 +71,19 @@ class Sown:
         data: rows of T tokens.
         count: how many, in a random order that follows from the seed.
         pairs: needles and questions of a whole row.
-        stages: one after the other: tokens of a short text, T / short of them in a row; rows that are cut so; and
-            tokens of a short text for each needle with its question, ten of them.
+        stages: tokens of a short text, T / short of them in a row, and rows that are cut so, one after the other.
+        density: tokens of a short text for each needle with its question, ten of them.
     """
 
-    def __init__(self, data: PackedTokens, seed: int, count: int, pairs: int, stages: list[tuple[int, int, int]]):
-        for length, _, _ in stages:
+    def __init__(
+        self, data: PackedTokens, seed: int, count: int, pairs: int, stages: list[tuple[int, int]], density: int
+    ):
+        for length, _ in stages:
             if data.row_length % length:
                 raise ValueError(f"rows of {data.row_length:,} are cut into texts of {length:,}, expected a divisor")
         orders = [np.random.default_rng([seed, i]).permutation(len(data)) for i in range(-(-count // len(data)))]
         self.data, self.seed, self.order = data, seed, np.concatenate(orders)[:count]
-        of_stages = [(length, max(1, length // density)) for length, rows, density in stages for _ in range(rows)]
+        of_stages = [(length, max(1, length // density)) for length, rows in stages for _ in range(rows)]
         self.texts = of_stages + [(data.row_length, pairs)] * (count - len(of_stages))
 
     def __len__(self) -> int:
