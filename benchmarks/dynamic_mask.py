@@ -398,7 +398,6 @@ def main() -> None:
         import triton
 
         where["triton"] = triton.__version__
-    # Larger than the L2 cache of any GPU.
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     output = args.output or RESULTS / ("dynamic_mask_sweep.csv" if args.sweep else "dynamic_mask.csv")
     shapes, rows = parse_shapes(args, device), []

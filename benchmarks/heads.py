@@ -20,10 +20,10 @@ from common import RESULTS, Row, milliseconds, provenance, rates, this_device, w
 
 from small_doge.models import config_for
 from small_doge.models.rotary import rotary_angles, rotate
-from small_doge.ops.heads import projected_heads, takes_heads
+from small_doge.ops.heads import can_project_heads, projected_heads
 
 
-def compiler_s(x, weight, bias, norms, angles, H, eps):
+def as_written(x, weight, bias, norms, angles, H, eps):
     """What :func:`projected_heads` gives, for torch.compile to make kernels of."""
     D = norms[0].shape[0]
     heads = F.linear(x, weight, bias).unflatten(-1, (-1, D))
@@ -48,8 +48,8 @@ def measure(size: str, rows: int, rounds: int, device: torch.device, rate: tuple
         return lambda: torch.autograd.grad(heads(x, weight, None, norms, angles, H, config.rms_norm_eps), leaves, grads)
 
     torch._dynamo.reset()
-    steps = {"torch.compile": training(torch.compile(compiler_s))}
-    if takes_heads(x, D):
+    steps = {"torch.compile": training(torch.compile(as_written))}
+    if can_project_heads(x, D):
         steps["ours"] = training(torch.compile(projected_heads))
     flop = 6 * rows * T * C * (H + 2 * G) * D
     moved = 2 * rows * T * D * (2 * (H + G) + 3 * (H + G) + 2 * G)  # forward; backward; the gradient of v

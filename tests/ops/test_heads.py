@@ -11,6 +11,7 @@ from small_doge.models.rotary import rotary_angles, rotate
 from small_doge.ops import heads as module
 from small_doge.ops.heads import projected_heads
 
+pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="test_on_gpu.py takes from here")
 EPS = 1e-3  # large enough to be seen
 
@@ -69,25 +70,21 @@ def compare(run, shape, dtype, tolerance, device="cpu", **options):
 @pytest.mark.parametrize("rows_differ", [True, False])
 def test_the_kernels_against_float64(shape, dtype, tolerance, rows_differ):
     """Tokens that are not a multiple of a program's, one position for all rows, heads that are no power of two."""
-    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
     compare(projected_heads, shape, dtype, tolerance, rows_differ=rows_differ)
 
 
 def test_with_a_bias():
-    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
     compare(projected_heads, (2, 37, 20, 4, 2, 16), torch.float32, 3e-6, bias=True)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_compiled_without_a_break(bias):
-    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
     torch.compiler.reset()
     run = torch.compile(projected_heads, fullgraph=True)
     compare(run, (2, 37, 20, 4, 2, 16), torch.float32, 3e-6, bias=bias)
 
 
 def test_frozen_weights_get_no_gradient_and_autocast_decides_the_dtype():
-    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
     (x, weight, _, *norms), angles, cotangents = case((2, 37, 20, 4, 2, 16), torch.float32)
     x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -102,7 +99,6 @@ def test_frozen_weights_get_no_gradient_and_autocast_decides_the_dtype():
 
 
 def test_the_operators_are_what_torch_compile_is_told():
-    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
     (x, weight, _, *norms), angles, cotangents = case((2, 5, 20, 4, 2, 16), torch.float32)
     told = ("test_schema", "test_faketensor")
     qkv = F.linear(x, weight)
@@ -113,7 +109,6 @@ def test_the_operators_are_what_torch_compile_is_told():
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_model_is_the_same_with_them(monkeypatch, cached):
     """Two documents in a row that another does not have, so that angles differ; prefilled, or with all gradients."""
-    pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
     torch.manual_seed(0)
     model = DogeForCausalLM(config_for("tiny", vocab_size=300, num_hidden_layers=2))
     for p in model.parameters():
@@ -129,7 +124,7 @@ def test_a_model_is_the_same_with_them(monkeypatch, cached):
         return [out.logits, *torch.autograd.grad(out.loss, list(model.parameters()))]
 
     expected, calls = found(), []
-    monkeypatch.setattr(attention, "takes_heads", lambda x, head_dim: True)
+    monkeypatch.setattr(attention, "can_project_heads", lambda x, head_dim: True)
     monkeypatch.setattr(attention, "better_together", lambda x, *layers: calls.append(1) or True)
     got = found()
     assert len(calls) == 2, "one for each layer"

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..ops.dynamic_mask import aged, dynamic_mask_attention
-from ..ops.heads import projected_heads, takes_heads
+from ..ops.heads import can_project_heads, projected_heads
 from .cache import DynamicMaskCache
 from .configuration_doge import DogeConfig
 from .masks import Visibility
@@ -61,7 +61,7 @@ class DogeAttention(nn.Module):
         """(B, T, C) → q (B, H, T, D), normed and rotated, k (B, G, T, D) likewise, or normed only, and v."""
         layers, norms = (self.q_proj, self.k_proj, self.v_proj), (self.q_norm, self.k_norm)
         fused = rotate_k and all(plain(norm, DogeRMSNorm) for norm in norms)
-        if fused and takes_heads(x, self.head_dim) and better_together(x, *layers):
+        if fused and can_project_heads(x, self.head_dim) and better_together(x, *layers):
             weights: Any = (self.q_norm.weight, self.k_norm.weight)
             return projected_heads(x, *joined(*layers), weights, angles, self.config.heads[0], self.config.rms_norm_eps)
         B, T, _ = x.shape

@@ -12,7 +12,7 @@ from .gpu import kernels, usable
 _BLOCK, _WARPS = 16, 4  # tokens and warps of a program
 
 
-def takes_heads(x: torch.Tensor, head_dim: int) -> bool:
+def can_project_heads(x: torch.Tensor, head_dim: int) -> bool:
     """Whether :func:`projected_heads` has kernels for the device and dtype of x."""
     return usable(x) and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and head_dim % 2 == 0
 
