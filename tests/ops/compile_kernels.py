@@ -20,7 +20,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from small_doge.ops import heads, triton_heads
+from small_doge.ops import heads, triton_heads, triton_residual
 from small_doge.ops.dynamic_mask import triton_attention, triton_packed, triton_window
 
 SPARSE, PACKED = (importlib.import_module(f"small_doge.ops.dynamic_mask.{x}") for x in ("sparse", "packed"))
@@ -84,6 +84,9 @@ if __name__ == "__main__":
         types = dict.fromkeys("qkv dk dv".split(), "*bf16") | {"eps": "fp32"}
         types |= dict.fromkeys("q_norm k_norm cos sin norms".split(), "*fp32")
         found["heads_" + name] = compiled(getattr(triton_heads, name), capability, constants, 4, 3, **types)
+    constants, types = {"C": 768, "WIDTH": 1024, "COPY": True}, dict.fromkeys(("d_normed", "copy"), "*bf16")
+    types |= dict.fromkeys("d_carried y weight scale dy sums".split(), "*fp32") | {"eps": "fp32"}
+    found["residual_backward"] = compiled(triton_residual.backward, capability, constants, 1, 3, **types)
     for name in CONSTANTS:
         warps = 8 if name in ("list_keys", "count_at_least") else 4
         found[name] = compiled(getattr(triton_window, name), capability, CONSTANTS[name], warps, 3, out="*i32")

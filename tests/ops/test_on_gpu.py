@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_heads import compare
+from test_residual import CASES, compare_norms
 
 from small_doge.models import DogeForCausalLM, config_for, projections
 from small_doge.ops.dynamic_mask import (
@@ -19,6 +20,7 @@ from small_doge.ops.dynamic_mask import (
 from small_doge.ops.dynamic_mask.decode import replace_worst
 from small_doge.ops.heads import projected_heads
 from small_doge.ops.linear_cross_entropy import linear_cross_entropy
+from small_doge.ops.residual import norm_and_carry
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -150,6 +152,15 @@ def test_projected_heads_against_float64(shape, dtype, tolerance, compiled):
     poison()
     run = torch.compile(projected_heads, fullgraph=True) if compiled else projected_heads
     compare(run, shape, dtype, tolerance, device="cuda", bias=shape[1] == 190, rows_differ=shape[0] > 1)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "update", "tolerance"), [*CASES, ((4, 2048, 768), *CASES[1][1:3], 1e-5)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_norm_and_carry_against_float64(shape, dtype, update, tolerance, compiled):
+    poison()
+    run = torch.compile(norm_and_carry, fullgraph=True) if compiled else norm_and_carry
+    for autocast in (False, True):
+        compare_norms(run, shape, dtype, update, tolerance, device="cuda", autocast=autocast)
 
 
 @pytest.mark.parametrize("T", [1, 2, 17, 127, 128, 129, 1000, 4097])

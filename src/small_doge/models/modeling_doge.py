@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 )
 
 from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
+from ..ops.residual import can_norm_and_carry, norm_and_carry
 from .attention import DogeAttention, DogeRMSNorm
 from .cache import DynamicMaskCache
 from .checkpoints import FIRST_RELEASE_NAMES, config_as_stored
@@ -29,6 +30,7 @@ from .configuration_doge import DogeConfig
 from .generation import DogeGenerationMixin
 from .masks import visibility
 from .moe import DogeCDMoE, DogeMLP, DogeMoEModelOutput
+from .projections import plain
 from .rotary import rotary_angles, text_length
 
 
@@ -57,17 +59,30 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         ``counted`` and ``balanced`` are those of :class:`DogeCDMoE`, the rest is for :class:`DogeAttention`. All that
         a layer finds out is returned, not kept: with gradient checkpointing it runs twice.
         """
-        attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        normed, carried = norm_and_carried(hidden_states, None, self.input_layernorm, self.input_residual)
+        attended, weights = self.self_attn(normed, **kwargs)
         attended = F.dropout(attended, p=self.hidden_dropout, training=self.training)
-        hidden_states = (self.input_residual * hidden_states + attended).to(hidden_states.dtype)
-        normed, router_logits, loss = self.post_attention_layernorm(hidden_states), None, None
+        normed, carried = norm_and_carried(
+            carried, attended, self.post_attention_layernorm, self.post_attention_residual
+        )
+        router_logits = loss = None
         if isinstance(self.mlp, DogeCDMoE):
             transformed, router_logits, loss = self.mlp(normed, counted, balanced)
         else:
             transformed = self.mlp(normed)
         transformed = F.dropout(transformed, p=self.hidden_dropout, training=self.training)
-        hidden_states = (self.post_attention_residual * hidden_states + transformed).to(hidden_states.dtype)
+        hidden_states = (carried + transformed).to(hidden_states.dtype)
         return hidden_states, weights, router_logits, loss
+
+
+def norm_and_carried(
+    x: torch.Tensor, update: torch.Tensor | None, norm: DogeRMSNorm, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(…, C) each: ``norm`` of y = x + ``update``, and scale · y, what the residual stream carries on."""
+    if plain(norm, DogeRMSNorm) and norm.eps is not None and can_norm_and_carry(x, norm.weight, scale):
+        return norm_and_carry(x, update, norm.weight, scale, norm.eps)
+    y = x if update is None else (x + update).to(x.dtype)
+    return norm(y), (scale * y).to(y.dtype)
 
 
 class DogePreTrainedModel(PreTrainedModel):

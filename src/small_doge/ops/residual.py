@@ -1,0 +1,104 @@
+"""A residual stream on its way from one part of a layer to the next: added to, normed, scaled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .gpu import kernels, usable
+
+
+def can_norm_and_carry(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Whether :func:`norm_and_carry` has a kernel for x (..., C) and weights of its dtype, and a use for it."""
+    dtypes = {x.dtype, *(weight.dtype for weight in weights)}
+    known = len(dtypes) == 1 and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return known and x.shape[-1] <= 4096 and torch.is_grad_enabled() and usable(x)
+
+
+def norm_and_carry(
+    x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of y = x + update, RMSNorm(y) · weight (arXiv:1910.07467) and what the stream carries on, scale · y.
+
+    The forward pass is left to torch.compile. Backward, one kernel reads y and both gradients once and writes the
+    gradient of y, as that of update too where this has another dtype, and those of weight and scale.
+
+    Args:
+        x: (..., C).
+        update: (..., C) in any floating dtype, or None for zero.
+        weight, scale: (C,) in the dtype of x.
+
+    Returns:
+        RMSNorm in the dtype of autocast where that is on, else in that of x, and the stream in that of x.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return _NormAndCarry.apply(x, update, weight, scale, eps, dtype)
+
+
+class _NormAndCarry(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        update: torch.Tensor | None,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x if update is None else (x + update).to(x.dtype)
+        ctx.save_for_backward(y, weight, scale)
+        ctx.eps, ctx.update_dtype = eps, None if update is None else update.dtype
+        return F.rms_norm(y, weight.shape, weight, eps).to(dtype), scale * y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, weight, scale = ctx.saved_tensors
+        copied = ctx.update_dtype is not None and ctx.update_dtype != y.dtype
+        dy, copy, sums = _backward(*grads, y, weight, scale, ctx.eps, ctx.update_dtype if copied else None)
+        d_weight, d_scale = sums.to(weight.dtype)
+        return dy, copy if copied else None if ctx.update_dtype is None else dy, d_weight, d_scale, None, None
+
+
+@torch.library.custom_op("small_doge::norm_and_carry_backward", mutates_args=())
+def _backward(
+    d_normed: torch.Tensor,
+    d_carried: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    copy_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient of y, the same in copy_dtype (empty without one), and in float32 those of weight and scale (2, C).
+
+    In the same bits for the same inputs on the same kind of GPU: a program has every PROGRAMS-th row.
+    """
+    d_normed, d_carried, y = d_normed.contiguous(), d_carried.contiguous(), y.contiguous()
+    C = y.shape[-1]
+    N, width = y.numel() // C, 1 << (C - 1).bit_length()
+    dy = torch.empty_like(y)
+    copy = torch.empty_like(y, dtype=copy_dtype) if copy_dtype else y.new_empty(0)
+    programs = max(
+        1, min(N, _multiprocessors(y.device) * min(32, max(8, 8192 // width)))
+    )  # as many as are there at once
+    sums = torch.empty(programs, 2, C, dtype=torch.float32, device=y.device)
+    kernels("triton_residual").backward[(programs,)](
+        d_normed, d_carried, y, weight.contiguous(), scale.contiguous(), dy, copy, sums,
+        N, eps, C=C, WIDTH=width, COPY=copy_dtype is not None, num_warps=1,
+    )  # fmt: skip
+    return dy, copy, sums.sum(0)
+
+
+@_backward.register_fake
+def _(d_normed, d_carried, y, weight, scale, eps, copy_dtype):
+    dy = torch.empty_like(y, memory_format=torch.contiguous_format)
+    copy = torch.empty_like(dy, dtype=copy_dtype) if copy_dtype else y.new_empty(0)
+    return dy, copy, y.new_empty(2, y.shape[-1], dtype=torch.float32)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

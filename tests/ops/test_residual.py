@@ -1,0 +1,105 @@
+"""RMSNorm and a scaled residual stream, their backward kernel in Triton's interpreter, against float64."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from small_doge.models import DogeForCausalLM, config_for, modeling_doge
+from small_doge.ops import residual as module
+from small_doge.ops.residual import norm_and_carry
+
+pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="test_on_gpu.py takes from here")
+EPS = 1e-3  # large enough to be seen
+
+
+def reference(x, update, weight, scale):
+    y = x if update is None else x + update
+    return F.rms_norm(y, weight.shape, weight, EPS), scale * y
+
+
+def compare_norms(run, shape, dtype, update_dtype, tolerance, device="cpu", autocast=False):
+    """Outputs and gradients of ``run`` and :func:`reference`; the update in ``update_dtype``, None for none."""
+    g = torch.Generator().manual_seed(sum(shape))
+    C = shape[-1]
+
+    def leaf(shape, dtype, scale=1.0, offset=0.0):
+        return (offset + scale * torch.randn(shape, generator=g, dtype=torch.float64)).to(device, dtype)
+
+    leaves = [leaf(shape, dtype), leaf(shape, update_dtype) if update_dtype else None]
+    leaves += [leaf((C,), dtype, 0.25, 1.0), leaf((C,), dtype, 0.25, 1.0)]
+    normed_dtype = torch.bfloat16 if autocast else dtype
+    cotangents = [leaf(shape, normed_dtype), leaf(shape, dtype)]
+    exact = [x if x is None else x.double().requires_grad_() for x in leaves]
+    leaves = [x if x is None else x.requires_grad_() for x in leaves]
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        out = run(*leaves, EPS)
+    expected = reference(*exact)
+    there = [(x, y) for x, y in zip(leaves, exact, strict=True) if x is not None]
+    grads = torch.autograd.grad(out, [x for x, _ in there], cotangents)
+    right = torch.autograd.grad(expected, [y for _, y in there], [x.double() for x in cotangents])
+    dtypes = [normed_dtype, dtype, *(x.dtype for x, _ in there)]
+    for got, wanted, expected_dtype in zip((*out, *grads), (*expected, *right), dtypes, strict=True):
+        assert got.dtype == expected_dtype
+        bound = max(tolerance, 8e-3 if got.dtype == torch.bfloat16 else 0)
+        assert (got.double() - wanted).norm() < bound * wanted.norm()
+
+
+CASES = [
+    ((1, 1), torch.float32, None, 1e-6),
+    ((3, 5, 130), torch.float32, torch.bfloat16, 1e-6),
+    ((2, 37, 64), torch.float32, torch.float32, 1e-6),
+    ((700, 3), torch.float32, torch.bfloat16, 1e-6),
+    ((2, 37, 65), torch.bfloat16, torch.bfloat16, 1.6e-2),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "update", "tolerance"), CASES, ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_kernel_against_float64(shape, dtype, update, tolerance, autocast):
+    """Widths that are no power of two, more rows than programs, an update of another dtype, of the same, and none."""
+    compare_norms(norm_and_carry, shape, dtype, update, tolerance, autocast=autocast)
+
+
+@pytest.mark.parametrize("update", [None, torch.bfloat16])
+def test_compiled_without_a_break(update):
+    torch.compiler.reset()
+    run = torch.compile(norm_and_carry, fullgraph=True)
+    compare_norms(run, (2, 37, 20), torch.float32, update, 1e-6, autocast=True)
+
+
+def test_the_operator_is_what_torch_compile_is_told():
+    told = ("test_schema", "test_faketensor")
+    normed, carried, y = torch.randn(3, 2, 5, 20)
+    for copy in (None, torch.bfloat16):
+        parts = (normed.bfloat16(), carried, y, *torch.randn(2, 20), EPS, copy)
+        torch.library.opcheck(module._backward, parts, test_utils=told)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_is_the_same_with_it(monkeypatch, autocast):
+    torch.manual_seed(0)
+    model = DogeForCausalLM(config_for("tiny", vocab_size=300, num_hidden_layers=2))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.dim() == 1 else 0
+    ids = torch.randint(300, (2, 40))
+
+    def found():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(input_ids=ids, labels=ids, use_cache=False)
+        grads = torch.autograd.grad(out.loss, list(model.parameters()))
+        return [out.logits, torch.cat([g.flatten() for g in grads])] if autocast else [out.logits, *grads]
+
+    expected, calls = found(), []
+    monkeypatch.setattr(modeling_doge, "can_norm_and_carry", lambda x, *weights: calls.append(1) or True)
+    got = found()
+    assert len(calls) == 4, "two for each layer"
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= (3e-2 if autocast else 1e-4) * b.norm()
+    heard: list[int] = []  # a norm that somebody listens to is called
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: heard.append(0))
+    model.model.layers[1].post_attention_layernorm.register_forward_hook(lambda *_: heard.append(1))
+    found()
+    assert heard == [0, 1]
