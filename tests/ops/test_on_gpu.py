@@ -158,6 +158,7 @@ def test_projected_heads_against_float64(shape, dtype, tolerance, compiled):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_norm_and_carry_against_float64(shape, dtype, update, tolerance, compiled):
     poison()
+    torch.compiler.reset()
     run = torch.compile(norm_and_carry, fullgraph=True) if compiled else norm_and_carry
     for autocast in (False, True):
         compare_norms(run, shape, dtype, update, tolerance, device="cuda", autocast=autocast)

@@ -63,11 +63,12 @@ def test_the_kernel_against_float64(shape, dtype, update, tolerance, autocast):
     compare_norms(norm_and_carry, shape, dtype, update, tolerance, autocast=autocast)
 
 
-@pytest.mark.parametrize("update", [None, torch.bfloat16])
-def test_compiled_without_a_break(update):
+@pytest.mark.parametrize("update", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_without_a_break(update, autocast):
     torch.compiler.reset()
     run = torch.compile(norm_and_carry, fullgraph=True)
-    compare_norms(run, (2, 37, 20), torch.float32, update, 1e-6, autocast=True)
+    compare_norms(run, (2, 37, 20), torch.float32, update, 1e-6, autocast=autocast)
 
 
 def test_the_operator_is_what_torch_compile_is_told():

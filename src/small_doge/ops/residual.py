@@ -52,7 +52,9 @@ class _NormAndCarry(torch.autograd.Function):
         y = x if update is None else (x + update).to(x.dtype)
         ctx.save_for_backward(y, weight, scale)
         ctx.eps, ctx.update_dtype = eps, None if update is None else update.dtype
-        return F.rms_norm(y, weight.shape, weight, eps).to(dtype), scale * y
+        normed = F.rms_norm(y, weight.shape, weight, eps)
+        # `to` the same dtype is the same tensor, whose gradient torch.compile of PyTorch 2.11 then leaves out
+        return normed if normed.dtype == dtype else normed.to(dtype), scale * y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
