@@ -61,8 +61,9 @@ class _NormAndCarry(torch.autograd.Function):
         y, weight, scale = ctx.saved_tensors
         copied = ctx.update_dtype is not None and ctx.update_dtype != y.dtype
         dy, copy, sums = _backward(*grads, y, weight, scale, ctx.eps, ctx.update_dtype if copied else None)
+        d_update = None if ctx.update_dtype is None else copy if copied else dy
         d_weight, d_scale = sums.to(weight.dtype)
-        return dy, copy if copied else None if ctx.update_dtype is None else dy, d_weight, d_scale, None, None
+        return dy, d_update, d_weight, d_scale, None, None
 
 
 @torch.library.custom_op("small_doge::norm_and_carry_backward", mutates_args=())
@@ -77,16 +78,15 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradient of y, the same in copy_dtype (empty without one), and in float32 those of weight and scale (2, C).
 
-    In the same bits for the same inputs on the same kind of GPU: a program has every PROGRAMS-th row.
+    In the same bits for the same inputs on the same kind of GPU: each of n programs has every n-th row.
     """
     d_normed, d_carried, y = d_normed.contiguous(), d_carried.contiguous(), y.contiguous()
     C = y.shape[-1]
     N, width = y.numel() // C, 1 << (C - 1).bit_length()
     dy = torch.empty_like(y)
     copy = torch.empty_like(y, dtype=copy_dtype) if copy_dtype else y.new_empty(0)
-    programs = max(
-        1, min(N, _multiprocessors(y.device) * min(32, max(8, 8192 // width)))
-    )  # as many as are there at once
+    at_once = _multiprocessors(y.device) * min(32, max(8, 8192 // width))  # that many programs have their registers
+    programs = max(1, min(N, at_once))
     sums = torch.empty(programs, 2, C, dtype=torch.float32, device=y.device)
     kernels("triton_residual").backward[(programs,)](
         d_normed, d_carried, y, weight.contiguous(), scale.contiguous(), dy, copy, sums,
