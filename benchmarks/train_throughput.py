@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -233,7 +234,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             ours = g + (kinds.index(OURS) - len(kinds) / 2) * 0.8 / len(kinds) if OURS in kinds else g
             axes.hlines(BARS[size], ours, ours + 0.8 / len(kinds), "black", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
-    axes.set_ylim(top=axes.get_ylim()[1] * 1.6)
+    least = min(float(row["tokens_per_second"]) for row in rows)
+    axes.set_ylim(10 ** math.floor(math.log10(least)), axes.get_ylim()[1] * 1.6)  # bars begin at a whole decade
     axes.set_xticks(range(len(sizes)), sizes)
     axes.set_ylabel("tokens per second (share of peak)")
     axes.set_title(f"Pretraining, {rows[0]['device']}, 2,048 context, compiled", fontsize=10)

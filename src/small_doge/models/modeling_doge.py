@@ -59,10 +59,10 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         ``counted`` and ``balanced`` are those of :class:`DogeCDMoE`, the rest is for :class:`DogeAttention`. All that
         a layer finds out is returned, not kept: with gradient checkpointing it runs twice.
         """
-        normed, carried = norm_and_carried(hidden_states, None, self.input_layernorm, self.input_residual)
+        normed, carried = add_norm_and_scale(hidden_states, None, self.input_layernorm, self.input_residual)
         attended, weights = self.self_attn(normed, **kwargs)
         attended = F.dropout(attended, p=self.hidden_dropout, training=self.training)
-        normed, carried = norm_and_carried(
+        normed, carried = add_norm_and_scale(
             carried, attended, self.post_attention_layernorm, self.post_attention_residual
         )
         router_logits = loss = None
@@ -75,7 +75,7 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, weights, router_logits, loss
 
 
-def norm_and_carried(
+def add_norm_and_scale(
     x: torch.Tensor, update: torch.Tensor | None, norm: DogeRMSNorm, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(…, C) each: ``norm`` of y = x + ``update``, and scale · y, what the residual stream carries on."""
