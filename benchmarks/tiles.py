@@ -49,7 +49,8 @@ CHOICES = {
         *((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 3), (128, 32, 8, 4)),
     ],
     "backward_queries": [
-        *((64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3)),
+        *((64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 4, 2)),
+        (128, 64, 8, 3),
     ],
     "backward_keys": [
         *((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1), (64, 128, 8, 1), (32, 64, 4, 2), (128, 64, 8, 2)),
@@ -86,13 +87,14 @@ def launcher(kernel: str, B: int, H: int, G: int, T: int, window: int) -> Callab
     out, lse = packed._forward(q, k, v, s, starts, ends)
     delta = (out.float() * do.float()).sum(-1)
     dk, dv, ds = torch.empty_like(k), torch.empty_like(v), torch.empty_like(s)
-    arguments, grid = packed._launch(kernel, q, k)
-    M, N = arguments["BLOCK_M"], arguments["BLOCK_N"]
-    q_, k_, v_, do_ = (packed._descriptor(x, rows) for x, rows in ((q, M), (k, N), (v, N), (do, M)))
+    arguments, grid = packed._launch(kernel, q, k, s)
+    M, N, heads = (arguments[x] for x in ("BLOCK_M", "BLOCK_N", "HEADS"))
+    (q_, do_), (k_, v_) = [packed._descriptor(x, M, heads) for x in (q, do)], [packed._descriptor(x, N) for x in (k, v)]
+    s_, lse_, delta_ = (packed._rows(x, T, rows) for x, rows in ((s, N), (lse, M), (delta, M)))
     tensors = {
-        "forward": (q_, k_, v_, s, starts, out, lse),
-        "backward_queries": (q_, k_, v_, s, starts, out, lse, do_, delta, dq),
-        "backward_keys": (q_, k_, v_, s, ends, lse, do_, delta, dk, dv, ds),
+        "forward": (q_, k_, v_, s_, starts, out, lse),
+        "backward_queries": (q_, k_, v_, s_, starts, out, lse, do_, delta, dq),
+        "backward_keys": (q_, k_, v_, s_, ends, lse_, do_, delta_, dk, dv, ds),
     }[kernel]
     function = getattr(kernels("dynamic_mask.triton_packed"), kernel)
     return lambda: function[grid](*tensors, **arguments)

@@ -41,8 +41,9 @@ TYPES |= dict.fromkeys("s scores lse delta dk dv db".split(), "*fp32")
 def compiled(
     function: Any, capability: int, constants: dict[str, object], warps: int, stages: int, **types: str
 ) -> dict[str, object]:
-    """What one kernel takes: bytes of shared memory and stack, registers, whether it has Hopper's instructions, and
-    whether each of these waits for the one before, as ptxas has it where it cannot follow their accumulators."""
+    """What one kernel takes: bytes of shared memory and stack, registers, whether it has Hopper's instructions,
+    whether each of these waits for the one before, as ptxas has it where it cannot follow their accumulators, and
+    whether they are given :func:`stale` operands."""
     names = [p.name for p in function.params]
     signature = {x: "constexpr" if x in constants else (TYPES | types).get(x, "i32") for x in names}
     values = {(names.index(x),): value for x, value in constants.items()}
@@ -64,7 +65,34 @@ def compiled(
     wgmma = "wgmma" in kernel.asm["ptx"]
     one_by_one = wgmma and len(re.findall(r"\bWARPGROUP", code)) > len(re.findall(r"\bHGMMA", code))
     found = {"shared": kernel.metadata.shared, "registers": registers, "stack": stack}
-    return found | {"wgmma": wgmma, "one_by_one": one_by_one}
+    return found | {"wgmma": wgmma, "one_by_one": one_by_one, "stale": stale(code)}
+
+
+def stale(code: str) -> bool:
+    """Whether two products of a loop have the same left operand in registers though it is not the same in the source.
+
+    Each of our products has its own. Where the queries of a tile stay in registers for the whole loop, ptxas can give
+    their place to the softmax (seen with Triton 3.6 and 3.7), and all turns but the first multiply the wrong thing.
+    """
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?(\S+)(.*?);", code, re.MULTILINE)
+    for end, operation, rest in lines:
+        back = re.search(r"0x([0-9a-f]+)", rest) if operation == "BRA" else None
+        if not back or int(back[1], 16) > int(end, 16):
+            continue
+        loop = [x for x in lines if int(back[1], 16) <= int(x[0], 16) <= int(end, 16)]
+        reader: dict[int, str] = {}  # of a register, since it was last written: which product
+        for at, operation, rest in loop * 2:
+            first, *others = (int(x) for x in re.findall(r"\bR(\d+)\b", rest)) if re.search(r"\bR\d", rest) else (-9,)
+            if operation.startswith("HGMMA"):
+                if re.match(r"\s*R\d+, R\d+,", rest):
+                    for register in range(others[0], others[0] + 4):
+                        if reader.setdefault(register, at) != at:
+                            return True
+            elif re.match(r"\s*R\d", rest) and not operation.startswith(("ST", "RED", "ATOM")):
+                wide = 4 if operation.endswith((".128", ".4")) else 2 if re.search(r"\.64|WIDE", operation) else 1
+                for register in range(first, first + wide):
+                    reader.pop(register, None)
+    return False
 
 
 if __name__ == "__main__":
@@ -75,17 +103,26 @@ if __name__ == "__main__":
         constants = ATTENTION | {"BLOCK_M": queries, "BLOCK_N": keys, "CHUNK": 1024}
         found[name] = compiled(getattr(triton_attention, name), capability, constants, warps, stages)
     for name, (queries, keys, warps, stages) in PACKED.HOPPER.items() if capability == 90 else ():
-        constants = ATTENTION | {"BLOCK_M": queries, "BLOCK_N": keys}
-        rows = {"q": queries, "do": queries, "k": keys, "v": keys}
-        blocks = {x: f"tensordesc<bf16[1, 1, {n}, 128]>" for x, n in rows.items()}
-        found["packed_" + name] = compiled(getattr(triton_packed, name), capability, constants, warps, stages, **blocks)
+        H = 1 if name == "backward_keys" else 2  # heads in a tile
+        constants = ATTENTION | {"N": 2, "BLOCK_M": queries, "BLOCK_N": keys, "HEADS": H}
+        blocks = dict.fromkeys(("q", "do"), f"tensordesc<bf16[1, {H}, {queries // H}, 128]>")
+        blocks |= dict.fromkeys(("k", "v"), f"tensordesc<bf16[1, 1, {keys}, 128]>")
+        blocks["s"] = f"tensordesc<fp32[1, {keys}]>"
+        if name == "backward_keys":
+            blocks |= dict.fromkeys(("lse", "delta"), f"tensordesc<fp32[1, {queries}]>")
+        function = getattr(triton_packed, name)
+        found["packed_" + name] = compiled(function, capability, constants, warps, stages, **blocks)
+        if name == "forward":  # what `packed` does not do, as long as ptxas takes it for something else
+            narrow = {x: y.replace("128]", "64]") for x, y in blocks.items()}
+            constants |= {"D": 64, "BLOCK_D": 64}
+            found["avoided"] = compiled(function, capability, constants, warps, stages, **narrow)
     for name in ("forward", "backward"):
-        constants = {"D": 128, "BLOCK": heads._BLOCK, "HALF": 64}
-        types = dict.fromkeys("qkv dk dv".split(), "*bf16") | {"eps": "fp32"}
+        constants = {"D": 128, "BLOCK": heads._BLOCK, "HALF": 64} | ({"M": 4} if name == "backward" else {})
+        types = dict.fromkeys("qkv dk dv d_scored scorer".split(), "*bf16") | {"eps": "fp32"}
         types |= dict.fromkeys("q_norm k_norm cos sin norms".split(), "*fp32")
         found["heads_" + name] = compiled(getattr(triton_heads, name), capability, constants, 4, 3, **types)
-    constants, types = {"C": 768, "WIDTH": 1024, "COPY": True}, dict.fromkeys(("d_normed", "copy"), "*bf16")
-    types |= dict.fromkeys("d_carried y weight scale dy sums".split(), "*fp32") | {"eps": "fp32"}
+    constants, types = {"C": 768, "WIDTH": 1024, "STAGES": 3}, dict.fromkeys(("d_normed", "d_carried", "dy"), "*bf16")
+    types |= dict.fromkeys("y weight scale sums".split(), "*fp32") | {"eps": "fp32"}
     found["residual_backward"] = compiled(triton_residual.backward, capability, constants, 1, 3, **types)
     for name in CONSTANTS:
         warps = 8 if name in ("list_keys", "count_at_least") else 4

@@ -17,29 +17,30 @@ EPS = 1e-3  # large enough to be seen
 
 
 def case(shape, dtype, bias=False, rows_differ=True):
-    """Leaves x, weight, bias, norms in ``dtype``, cos and sin, and cotangents of q, k and v."""
+    """Leaves x, weight, bias, norms and the layer of v in ``dtype``, cos and sin, and cotangents of the outputs."""
     B, T, C, H, G, D = shape
+    M = 1 if G == 1 else H  # score heads
     g = torch.Generator().manual_seed(T)
 
     def random(*shape):
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     leaves = [random(B, T, C), random((H + 2 * G) * D, C) / 2, random((H + 2 * G) * D) if bias else None]
-    leaves += [1 + random(D) / 4, 1 + random(D) / 4]
+    leaves += [1 + random(D) / 4, 1 + random(D) / 4, random(M, G * D) / 2, random(M) if bias else None]
     positions = torch.randint(50, (B if rows_differ else 1, T), generator=g)
     config = DogeConfig(hidden_size=H * D, num_attention_heads=H, num_key_value_heads=G)
     angles = rotary_angles(config, positions, torch.float32, None)
-    cotangents = [random(B, n, T, D).to(dtype) for n in (H, G, G)]
+    cotangents = [random(B, n, T, D).to(dtype) for n in (H, G, G)] + [random(B, T, M).to(dtype)]
     return [x if x is None else x.to(dtype) for x in leaves], angles, cotangents
 
 
-def reference(x, weight, bias, q_norm, k_norm, angles, H, G):
+def reference(x, weight, bias, q_norm, k_norm, scorer, scorer_bias, angles, H, G):
     D = q_norm.shape[0]
     parts = F.linear(x, weight, bias).split([H * D, G * D, G * D], -1)
     q, k, v = (y.unflatten(-1, (-1, D)) for y in parts)
     q, k = (F.rms_norm(y, (D,), w, EPS) for y, w in ((q, q_norm), (k, k_norm)))
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    return rotate(q, angles), rotate(k, angles), v
+    return rotate(q, angles), rotate(k, angles), v, F.linear(parts[2], scorer, scorer_bias)
 
 
 def compare(run, shape, dtype, tolerance, device="cpu", **options):
@@ -50,7 +51,7 @@ def compare(run, shape, dtype, tolerance, device="cpu", **options):
     H, G = shape[3:5]
     exact = [None if x is None else x.double().requires_grad_() for x in leaves]
     leaves = [None if x is None else x.requires_grad_() for x in leaves]
-    out = run(*leaves[:3], tuple(leaves[3:]), tuple(angles), H, EPS)
+    out = run(*leaves[:3], tuple(leaves[3:5]), tuple(angles), tuple(leaves[5:]), H, EPS)
     expected = reference(*exact, tuple(x.double() for x in angles), H, G)
     there = [x for x in leaves if x is not None]
     grads = torch.autograd.grad(out, there, cotangents)
@@ -85,25 +86,26 @@ def test_compiled_without_a_break(bias):
 
 
 def test_frozen_weights_get_no_gradient_and_autocast_decides_the_dtype():
-    (x, weight, _, *norms), angles, cotangents = case((2, 37, 20, 4, 2, 16), torch.float32)
+    (x, weight, _, *norms, scorer, _), angles, cotangents = case((2, 37, 20, 4, 2, 16), torch.float32)
     x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        out = projected_heads(x, weight, None, tuple(norms), angles, 4, EPS)
-    assert [y.dtype for y in out] == [torch.bfloat16] * 3
+        out = projected_heads(x, weight, None, tuple(norms), angles, (scorer, None), 4, EPS)
+    assert [y.dtype for y in out] == [torch.bfloat16] * 4
     (got,) = torch.autograd.grad(out, x, [y.bfloat16() for y in cotangents])
     exact = x.detach().double().requires_grad_()
-    parts = (exact, weight.double(), None, *(y.double() for y in norms), tuple(y.double() for y in angles), 4, 2)
+    weights = (weight.double(), None, *(y.double() for y in (*norms, scorer)), None)
+    parts = (exact, *weights, tuple(y.double() for y in angles), 4, 2)
     (expected,) = torch.autograd.grad(reference(*parts), exact, [y.double() for y in cotangents])
     assert got.dtype == torch.float32
     assert (got - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_the_operators_are_what_torch_compile_is_told():
-    (x, weight, _, *norms), angles, cotangents = case((2, 5, 20, 4, 2, 16), torch.float32)
+    (x, weight, _, *norms, scorer, _), angles, cotangents = case((2, 5, 20, 4, 2, 16), torch.float32)
     told = ("test_schema", "test_faketensor")
     qkv = F.linear(x, weight)
     torch.library.opcheck(module._forward, (qkv, *norms, *angles, 4, EPS), test_utils=told)
-    torch.library.opcheck(module._backward, (*cotangents, qkv, *norms, *angles, EPS), test_utils=told)
+    torch.library.opcheck(module._backward, (*cotangents, qkv, *norms, *angles, scorer, EPS), test_utils=told)
 
 
 @pytest.mark.parametrize("cached", [False, True])

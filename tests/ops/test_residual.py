@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from small_doge.models import DogeForCausalLM, config_for, modeling_doge
 from small_doge.ops import residual as module
-from small_doge.ops.residual import norm_and_carry
+from small_doge.ops.residual import add_update, norm_and_carry
 
 pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="test_on_gpu.py takes from here")
@@ -41,9 +41,10 @@ def compare_norms(run, shape, dtype, update_dtype, tolerance, device="cpu", auto
     grads = torch.autograd.grad(out, [x for x, _ in there], cotangents)
     right = torch.autograd.grad(expected, [y for _, y in there], [x.double() for x in cotangents])
     dtypes = [normed_dtype, dtype, *(x.dtype for x, _ in there)]
-    for got, wanted, expected_dtype in zip((*out, *grads), (*expected, *right), dtypes, strict=True):
+    for i, (got, wanted, expected_dtype) in enumerate(zip((*out, *grads), (*expected, *right), dtypes, strict=True)):
         assert got.dtype == expected_dtype
-        bound = max(tolerance, 8e-3 if got.dtype == torch.bfloat16 else 0)
+        in_16_bits = got.dtype == torch.bfloat16 or (autocast and i > 1)  # gradients are, on their way
+        bound = max(tolerance, 8e-3 if in_16_bits else 0)
         assert (got.double() - wanted).norm() < bound * wanted.norm()
 
 
@@ -74,9 +75,36 @@ def test_compiled_without_a_break(update, autocast):
 def test_the_operator_is_what_torch_compile_is_told():
     told = ("test_schema", "test_faketensor")
     normed, carried, y = torch.randn(3, 2, 5, 20)
-    for copy in (None, torch.bfloat16):
-        parts = (normed.bfloat16(), carried, y, *torch.randn(2, 20), EPS, copy)
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = (normed.to(dtype), carried.to(dtype), y, *torch.randn(2, 20), EPS)
         torch.library.opcheck(module._backward, parts, test_utils=told)
+
+
+def test_16_bit_gradients_are_right_on_average_and_the_same_every_time():
+    """1 + 2⁻¹⁰ is an eighth of the way from 1 to the next number of bfloat16."""
+    y, weight = torch.randn(100, 160), torch.ones(160)
+    normed, carried = torch.zeros(100, 160).bfloat16(), torch.ones(100, 160).bfloat16()
+    carried[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    dy, _ = module._backward(normed, carried, y, weight, (1 + 2**-10) * weight, EPS)
+    assert dy.dtype == torch.bfloat16
+    assert dy[0, 0].isnan()
+    assert dy[0, 1:3].tolist() == [torch.inf, -torch.inf]
+    assert set(dy[1:].unique().tolist()) == {1.0, 1 + 2**-7}
+    assert abs(dy[1:].double().mean() - (1 + 2**-10)) < 1e-4  # five standard deviations; to the nearest: 1e-3
+    again, _ = module._backward(normed, carried, y, weight, (1 + 2**-10) * weight, EPS)
+    assert torch.equal(dy[1:], again[1:])
+
+
+def test_an_update_is_added_and_the_gradient_has_its_dtype():
+    x = torch.randn(5, 7, requires_grad=True)
+    for update in (torch.randn(5, 7).bfloat16().requires_grad_(), torch.randn(5, 7, requires_grad=True)):
+        total = add_update(x, update)
+        assert torch.equal(total, x + update)
+        grad = torch.randn(5, 7)
+        dx, d_update = torch.autograd.grad(total, (x, update), grad)
+        assert (dx.dtype, d_update.dtype) == (torch.float32, update.dtype)
+        assert torch.equal(dx, grad.to(update.dtype).float())
+        assert torch.equal(d_update, grad.to(update.dtype))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -96,7 +124,7 @@ def test_a_model_is_the_same_with_it(monkeypatch, autocast):
     expected, calls = found(), []
     monkeypatch.setattr(modeling_doge, "can_norm_and_carry", lambda x, *weights: calls.append(1) or True)
     got = found()
-    assert len(calls) == 4, "two for each layer"
+    assert len(calls) == 6, "three for each layer"
     for a, b in zip(got, expected, strict=True):
         assert (a - b).norm() <= (3e-2 if autocast else 1e-4) * b.norm()
     heard: list[int] = []  # a norm that somebody listens to is called

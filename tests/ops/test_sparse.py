@@ -200,7 +200,9 @@ def test_kernels_fit_a_gpu_without_spilling_registers(capability):
     """A process of its own: this one's Triton interprets. Registers that were spilled would show as stack."""
     command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), str(capability)]
     kernels = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert len(kernels) == (15 if capability == 90 else 12)
+    assert len(kernels) == (16 if capability == 90 else 12)
+    if capability == 90:
+        assert kernels.pop("avoided")["stale"], "ptxas has it right now: see packed._heads_at_once"
     for name, takes in kernels.items():
         assert takes["shared"] <= GPUS[capability] << 10, name
         # The fastest backward_keys on Hopper (benchmarks/tiles.py) spills a little.
@@ -208,6 +210,7 @@ def test_kernels_fit_a_gpu_without_spilling_registers(capability):
         attention = name.removeprefix("packed_") in launcher.HOPPER
         assert takes["wgmma"] == (attention and capability == 90), name
         assert not takes["one_by_one"], name
+        assert not takes["stale"], name
 
 
 CHECKS = ("test_schema", "test_faketensor")  # not the values: what lies past the end of a list is never read
@@ -223,6 +226,8 @@ def test_the_operators_keep_what_torch_compile_relies_on():
     inputs = [x.detach() for x in (out, q, k, v, s)]
     torch.library.opcheck(launcher._backward, (*inputs, e, out.detach(), lse, *lists), test_utils=CHECKS)
 
+    s = torch.nn.functional.pad(s.detach(), (0, 2)).requires_grad_()  # as `packed` gives them
+    inputs[-1] = s.detach()
     starts, ends = torch.zeros(1, 150, dtype=torch.int32), torch.full((1, 150), 150, dtype=torch.int32)
     torch.library.opcheck(packing._forward, (q, k, v, s, starts, ends), test_utils=forward)
     out, lse = (x.detach() for x in packing._forward(q, k, v, s, starts, ends))

@@ -49,25 +49,31 @@ class DogeAttention(nn.Module):
         self.q_norm = DogeRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = DogeRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def scores(self, v: torch.Tensor) -> torch.Tensor:
-        """s = exp(A · softplus(Wdt v)): values (B, G, Tk, D) → scores (B, M, Tk), in at least float32."""
-        dt = self.dt_proj(v.transpose(1, 2).flatten(2))  # (B, Tk, M)
+    def scores(self, v: torch.Tensor, dt: torch.Tensor | None = None) -> torch.Tensor:
+        """s = exp(A · softplus(Wdt v)): values (B, G, Tk, D) → scores (B, M, Tk), in at least float32.
+
+        ``dt`` is Wdt v (B, Tk, M) where it is there already.
+        """
+        if dt is None:
+            dt = self.dt_proj(v.transpose(1, 2).flatten(2))
         compute = torch.promote_types(dt.dtype, torch.float32)
         return torch.exp(self.A.to(compute) * F.softplus(dt.to(compute))).transpose(1, 2)
 
     def heads(
         self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], rotate_k: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, T, C) → q (B, H, T, D), normed and rotated, k (B, G, T, D) likewise, or normed only, and v."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(B, T, C) → q (B, H, T, D), normed and rotated, k (B, G, T, D) likewise, or normed only, v, and Wdt v of it
+        where that comes with it."""
         layers, norms = (self.q_proj, self.k_proj, self.v_proj), (self.q_norm, self.k_norm)
-        fused = rotate_k and all(plain(norm, DogeRMSNorm) for norm in norms)
+        fused = rotate_k and plain(self.dt_proj) and all(plain(norm, DogeRMSNorm) for norm in norms)
         if fused and can_project_heads(x, self.head_dim) and better_together(x, *layers):
             weights: Any = (self.q_norm.weight, self.k_norm.weight)
-            return projected_heads(x, *joined(*layers), weights, angles, self.config.heads[0], self.config.rms_norm_eps)
+            scorer, H = (self.dt_proj.weight, self.dt_proj.bias), self.config.heads[0]
+            return projected_heads(x, *joined(*layers), weights, angles, scorer, H, self.config.rms_norm_eps)
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, *layers))
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
-        return rotate(q, angles), rotate(k, angles) if rotate_k else k, v.transpose(1, 2)
+        return rotate(q, angles), rotate(k, angles) if rotate_k else k, v.transpose(1, 2), None
 
     def forward(
         self,
@@ -89,20 +95,21 @@ class DogeAttention(nn.Module):
         B, T, _ = hidden_states.shape
         visible = visible or Visibility()
         unrotated = past_key_values is not None and grows_with_length(self.config)
-        q, k, v = self.heads(hidden_states, q_angles, rotate_k=not unrotated)
+        q, k, v, dt = self.heads(hidden_states, q_angles, rotate_k=not unrotated)
         options: dict[str, Any] = {"return_weights": output_attentions}
         options["dropout_p"] = self.config.attention_dropout or 0.0 if self.training else 0.0
         if isinstance(past_key_values, DynamicMaskCache):
             if unrotated:
                 options |= {"positions": positions, "rotate_at": partial(rotate_to, self.config, length)}
-            out, weights = past_key_values.attend(self.layer_idx, q, k, v, self.scores(v), visible, **options)
+            out, weights = past_key_values.attend(self.layer_idx, q, k, v, self.scores(v, dt), visible, **options)
         else:
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, self.layer_idx)  # (B, G, Tk, D)
+                dt = None  # of the new values only
             if unrotated:
                 assert k_angles is not None
                 k = rotate(k, k_angles)
-            s, window, lifetime = self.scores(v), self.config.keep_window_size, self.config.score_lifetime
+            s, window, lifetime = self.scores(v, dt), self.config.keep_window_size, self.config.score_lifetime
             out, weights = dynamic_mask_attention(
                 q,
                 k,

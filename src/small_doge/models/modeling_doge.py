@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
 )
 
 from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
-from ..ops.residual import can_norm_and_carry, norm_and_carry
+from ..ops.residual import add_update, can_norm_and_carry, norm_and_carry
 from .attention import DogeAttention, DogeRMSNorm
 from .cache import DynamicMaskCache
 from .checkpoints import FIRST_RELEASE_NAMES, config_as_stored
@@ -71,7 +71,10 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         else:
             transformed = self.mlp(normed)
         transformed = F.dropout(transformed, p=self.hidden_dropout, training=self.training)
-        hidden_states = (carried + transformed).to(hidden_states.dtype)
+        if can_norm_and_carry(carried):
+            hidden_states = add_update(carried, transformed)
+        else:
+            hidden_states = (carried + transformed).to(hidden_states.dtype)
         return hidden_states, weights, router_logits, loss
 
 

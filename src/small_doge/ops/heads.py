@@ -23,10 +23,12 @@ def projected_heads(
     bias: torch.Tensor | None,
     norms: tuple[torch.Tensor, torch.Tensor],
     angles: tuple[torch.Tensor, torch.Tensor],
+    scorer: tuple[torch.Tensor, torch.Tensor | None],
     H: int,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v of one matrix product, q and k with RMSNorm over each head (arXiv:1910.07467) and then rotated.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v of one matrix product, q and k with RMSNorm over each head (arXiv:1910.07467) and then rotated, and a
+    linear layer of v, whose gradient joins that of v where this is written.
 
     What is between the product and attention is read and written once, in float32 in between; left to torch.compile it
     is four kernels forward and seven backward, which at 320M took a fourteenth of a training step.
@@ -36,21 +38,23 @@ def projected_heads(
         weight: ((H + 2 G)·D, C), bias likewise or None: q, k and v one below the other.
         norms: weights of the two norms, (D,) each.
         angles: cos and sin, (B or 1, 1, T, D/2), of the pairs (x_d, x_{d+D/2}).
+        scorer: weight (M, G·D) and bias (M,) or None of the layer of v.
         H: how many heads q has.
         eps: of the norms.
 
     Returns:
         q (B, H, T, D), k and v (B, G, T, D) in the dtype of the product, which is autocast's where that is on; v is a
-        view of the product, q and k are laid out as (B, T, heads, D).
+        view of the product, q and k are laid out as (B, T, heads, D); and the layer of v (B, T, M).
     """
+    products = [x, weight, bias, *scorer]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _ProjectedHeads.apply(x, weight, bias, *norms, *angles, H, eps)
+        products = [None if y is None else y.to(dtype) for y in products]
+    return _ProjectedHeads.apply(*products, *norms, *angles, H, eps)
 
 
 class _ProjectedHeads(torch.autograd.Function):
-    """The product is part of it, as its gradient is then written in one piece, that of v too."""
+    """The products are part of it, as their gradient is then written in one piece, that of v too."""
 
     @staticmethod
     def forward(
@@ -58,29 +62,33 @@ class _ProjectedHeads(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        scorer: torch.Tensor,
+        scorer_bias: torch.Tensor | None,
         q_norm: torch.Tensor,
         k_norm: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         H: int,
         eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         qkv = F.linear(x, weight, bias)
         q, k = _forward(qkv, q_norm, k_norm, cos, sin, H, eps)
-        ctx.save_for_backward(x, weight, qkv, q_norm, k_norm, cos, sin)
+        ctx.save_for_backward(x, weight, qkv, q_norm, k_norm, cos, sin, scorer)
         ctx.eps = eps
-        v = qkv.unflatten(-1, (-1, q.shape[3]))[:, :, q.shape[1] + k.shape[1] :].transpose(1, 2)
-        return q, k, v
+        values = qkv[..., -scorer.shape[1] :]
+        return q, k, values.unflatten(-1, (-1, q.shape[3])).transpose(1, 2), F.linear(values, scorer, scorer_bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, *rest = ctx.saved_tensors
-        d_qkv, norms = _backward(*grads, *rest, ctx.eps)
-        needs, flat = ctx.needs_input_grad, d_qkv.flatten(0, 1)
+        x, weight, qkv, *norms, cos, sin, scorer = ctx.saved_tensors
+        d_qkv, d_norms = _backward(*grads, qkv, *norms, cos, sin, scorer, ctx.eps)
+        needs, flat, d_scored = ctx.needs_input_grad, d_qkv.flatten(0, 1), grads[3].flatten(0, 1)
         d_weight = flat.T @ x.flatten(0, 1) if needs[1] else None
         d_bias = flat.sum(0) if needs[2] else None
-        d_norms = (part.to(norm.dtype) for part, norm in zip(norms, rest[1:3], strict=True))
-        return d_qkv @ weight, d_weight, d_bias, *d_norms, None, None, None, None
+        d_scorer = d_scored.T @ qkv[..., -scorer.shape[1] :].flatten(0, 1) if needs[3] else None
+        d_scorer_bias = d_scored.sum(0) if needs[4] else None
+        rest = (part.to(norm.dtype) for part, norm in zip(d_norms, norms, strict=True))
+        return d_qkv @ weight, d_weight, d_bias, d_scorer, d_scorer_bias, *rest, None, None, None, None
 
 
 def _arguments(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, eps: float) -> tuple[dict[str, Any], int]:
@@ -126,25 +134,28 @@ def _backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    d_scored: torch.Tensor,
     qkv: torch.Tensor,
     q_norm: torch.Tensor,
     k_norm: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    scorer: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of qkv, and those of both norms (2, D) in float32, in the same bits for the same inputs."""
     arguments, programs = _arguments(dq, dk, cos, eps)
     out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     norms = torch.empty(programs, 2, arguments["D"], dtype=torch.float32, device=qkv.device)
-    inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin))
+    inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin, d_scored, scorer))
     grads = [x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv)]
     strides = [stride for x in grads for stride in x.stride()[:3]]
+    arguments["M"] = scorer.shape[0]
     kernels("triton_heads").backward[(programs,)](*inputs, *grads, out, norms, *strides, **arguments)
     return out, norms.sum(0)
 
 
 @_backward.register_fake
-def _(dq, dk, dv, qkv, q_norm, k_norm, cos, sin, eps):
+def _(dq, dk, dv, d_scored, qkv, q_norm, k_norm, cos, sin, scorer, eps):
     norms = qkv.new_empty(2, q_norm.shape[0], dtype=torch.float32)
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), norms

@@ -119,7 +119,7 @@ def _in_kernels(
         )  # fmt: skip
         if wants_gradient:
             torch.mm(logits, weight, out=hidden_grad[start : start + rows])
-            weight_grad += logits.T @ h
+            _add_product(weight_grad, logits.T, h)
     return losses.sum() / denominator, hidden_grad, weight_grad.to(weight.dtype)
 
 
@@ -127,6 +127,14 @@ def _in_kernels(
 def _(hidden, weight, labels, denominator, wants_gradient):
     grads = [torch.empty_like(x) if wants_gradient else x.new_empty(0) for x in (hidden, weight)]
     return hidden.new_empty((), dtype=torch.float32), *grads
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a · b, in float32 like total where the GPU's products can."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _rows(hidden: torch.Tensor, weight: torch.Tensor) -> int:

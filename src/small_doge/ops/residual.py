@@ -23,7 +23,8 @@ def norm_and_carry(
     """Of y = x + update, RMSNorm(y) · weight (arXiv:1910.07467) and what the stream carries on, scale · y.
 
     The forward pass is left to torch.compile. Backward, one kernel reads y and both gradients once and writes the
-    gradient of y, as that of update too where this has another dtype, and those of weight and scale.
+    gradient of y, and those of weight and scale. The stream's gradient is in the dtype of the norm's output: under
+    autocast half as wide as the stream, with casts around it of which torch.compile leaves none inside a model.
 
     Args:
         x: (..., C).
@@ -36,6 +37,28 @@ def norm_and_carry(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     return _NormAndCarry.apply(x, update, weight, scale, eps, dtype)
+
+
+def add_update(x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """x + update in the dtype of x, with the gradient in that of update, which :func:`norm_and_carry` gives it in.
+
+    Where two layers meet, torch.compile then has nothing to cast, and nothing to copy.
+    """
+    return x + update if x.dtype == update.dtype else _AddUpdate.apply(x, update)
+
+
+class _AddUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        ctx.dtypes = x.dtype, update.dtype
+        total = x + update
+        return total if total.dtype == x.dtype else total.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype, update_dtype = ctx.dtypes
+        grad = grads[0].to(update_dtype)
+        return grad.to(dtype), grad
 
 
 class _NormAndCarry(torch.autograd.Function):
@@ -51,19 +74,18 @@ class _NormAndCarry(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         y = x if update is None else (x + update).to(x.dtype)
         ctx.save_for_backward(y, weight, scale)
-        ctx.eps, ctx.update_dtype = eps, None if update is None else update.dtype
+        ctx.eps, ctx.dtypes = eps, (x.dtype, None if update is None else update.dtype)
         normed = F.rms_norm(y, weight.shape, weight, eps)
         # `to` the same dtype is the same tensor, whose gradient torch.compile of PyTorch 2.11 then leaves out
         return normed if normed.dtype == dtype else normed.to(dtype), scale * y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        y, weight, scale = ctx.saved_tensors
-        copied = ctx.update_dtype is not None and ctx.update_dtype != y.dtype
-        dy, copy, sums = _backward(*grads, y, weight, scale, ctx.eps, ctx.update_dtype if copied else None)
-        d_update = None if ctx.update_dtype is None else copy if copied else dy
+        (d_normed, d_carried), (y, weight, scale) = grads, ctx.saved_tensors
+        dy, sums = _backward(d_normed, d_carried.to(d_normed.dtype), y, weight, scale, ctx.eps)
+        d_x, d_update = (None if dtype is None else dy.to(dtype) for dtype in ctx.dtypes)
         d_weight, d_scale = sums.to(weight.dtype)
-        return dy, d_update, d_weight, d_scale, None, None
+        return d_x, d_update, d_weight, d_scale, None, None
 
 
 @torch.library.custom_op("small_doge::norm_and_carry_backward", mutates_args=())
@@ -74,32 +96,28 @@ def _backward(
     weight: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
-    copy_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradient of y, the same in copy_dtype (empty without one), and in float32 those of weight and scale (2, C).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of y in the dtype of both given, and in float32 those of weight and scale (2, C).
 
     In the same bits for the same inputs on the same kind of GPU: each of n programs has every n-th row.
     """
     d_normed, d_carried, y = d_normed.contiguous(), d_carried.contiguous(), y.contiguous()
     C = y.shape[-1]
     N, width = y.numel() // C, 1 << (C - 1).bit_length()
-    dy = torch.empty_like(y)
-    copy = torch.empty_like(y, dtype=copy_dtype) if copy_dtype else y.new_empty(0)
-    at_once = _multiprocessors(y.device) * min(32, max(8, 8192 // width))  # that many programs have their registers
-    programs = max(1, min(N, at_once))
+    dy = torch.empty_like(d_normed)
+    programs = max(1, min(N, _multiprocessors(y.device) * min(16, max(4, 4096 // width))))
     sums = torch.empty(programs, 2, C, dtype=torch.float32, device=y.device)
     kernels("triton_residual").backward[(programs,)](
-        d_normed, d_carried, y, weight.contiguous(), scale.contiguous(), dy, copy, sums,
-        N, eps, C=C, WIDTH=width, COPY=copy_dtype is not None, num_warps=1,
+        d_normed, d_carried, y, weight.contiguous(), scale.contiguous(), dy, sums,
+        N, eps, C=C, WIDTH=width, STAGES=3, num_warps=max(1, width // 1024),
     )  # fmt: skip
-    return dy, copy, sums.sum(0)
+    return dy, sums.sum(0)
 
 
 @_backward.register_fake
-def _(d_normed, d_carried, y, weight, scale, eps, copy_dtype):
-    dy = torch.empty_like(y, memory_format=torch.contiguous_format)
-    copy = torch.empty_like(dy, dtype=copy_dtype) if copy_dtype else y.new_empty(0)
-    return dy, copy, y.new_empty(2, y.shape[-1], dtype=torch.float32)
+def _(d_normed, d_carried, y, weight, scale, eps):
+    dy = torch.empty_like(d_normed, memory_format=torch.contiguous_format)
+    return dy, y.new_empty(2, y.shape[-1], dtype=torch.float32)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -79,13 +79,14 @@ def _back(x, grad, grad_at, out, at, weight, cos, sin, sum_1, sum_2, here, d, ep
 
 @triton.jit
 def backward(
-    qkv, q_norm, k_norm, cos, sin, dq, dk, dv, out, norms,
+    qkv, q_norm, k_norm, cos, sin, d_scored, scorer, dq, dk, dv, out, norms,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    N, T, angle_stride, eps, H, G, D: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    N, T, angle_stride, eps, H, G, M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """out, like qkv, and norms (programs, 2, D) float32: the gradients of qkv, and parts of those of both norms.
 
-    dq (B, H, T, D), dk and dv (B, G, T, D) by their strides.
+    dq (B, H, T, D), dk and dv (B, G, T, D) by their strides; d_scored (N, M) of a layer of v, whose weight scorer is
+    (M, G·D).
     """
     n, b, t, d, angle, here = _tokens(T, N, angle_stride, D, BLOCK, HALF)
     cos_t = tl.load(cos + angle, mask=here, other=0.0).to(tl.float32)
@@ -95,7 +96,7 @@ def backward(
     places, there = tl.arange(0, HALF), tl.arange(0, HALF) < D // 2
     sum_1 = tl.zeros([BLOCK, HALF], tl.float32)
     sum_2 = tl.zeros([BLOCK, HALF], tl.float32)
-    for h in range(H):
+    for h in tl.range(H, num_stages=3):
         sum_1, sum_2 = _back(
             qkv, dq, b * q_b + h * q_h + t * q_t + d, out, at + h * D, q_norm, cos_t, sin_t, sum_1, sum_2, here, d, eps,
             D,
@@ -104,12 +105,16 @@ def backward(
     tl.store(norms + D // 2 + places, tl.sum(sum_2, 0), mask=there)
     sum_1 = tl.zeros([BLOCK, HALF], tl.float32)
     sum_2 = tl.zeros([BLOCK, HALF], tl.float32)
-    for h in range(G):
+    for h in tl.range(G, num_stages=3):
         sum_1, sum_2 = _back(
             qkv, dk, b * k_b + h * k_h + t * k_t + d, out, at + (H + h) * D, k_norm, cos_t, sin_t, sum_1, sum_2, here,
             d, eps, D,
         )  # fmt: skip
         value_1, value_2 = _halves(dv, b * v_b + h * v_h + t * v_t + d, here, D)
+        for m in range(M):
+            grad = tl.load(d_scored + n * M + m, mask=n < N, other=0.0).to(tl.float32)  # (BLOCK, 1)
+            weight_1, weight_2 = _halves(scorer, (m * G + h) * D + d, d < D // 2, D)
+            value_1, value_2 = value_1 + grad * weight_1, value_2 + grad * weight_2
         value_at = at + (H + G + h) * D
         tl.store(out + value_at, value_1.to(out.dtype.element_ty), mask=here)
         tl.store(out + value_at + D // 2, value_2.to(out.dtype.element_ty), mask=here)

@@ -69,8 +69,8 @@ def attention_statistics(trainer: Any, dataset: Any) -> dict[str, float]:
     batch = {name: x.to(trainer.args.device) for name, x in batch.items()}
     found: list[torch.Tensor] = []
 
-    def scores(layer: DogeAttention, v: torch.Tensor) -> torch.Tensor:
-        s = type(layer).scores(layer, v)
+    def scores(layer: DogeAttention, *values: Any) -> torch.Tensor:
+        s = type(layer).scores(layer, *values)
         found.append(statistics(layer, s, batch["position_ids"]))
         return s
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..gpu import kernels
 
+LOG2_E = 1.4426950408889634
 # Tiles (queries, keys, warps, stages) of each kernel, for head sizes up to 128.
 Tiles = tuple[int, int, int, int]
 HOPPER: dict[str, Tiles] = {
     "forward": (64, 64, 4, 3),
-    "backward_queries": (64, 64, 4, 2),
+    "backward_queries": (64, 64, 4, 3),
     "backward_keys": (64, 64, 4, 2),
 }
 EXACT: Tiles = (32, 32, 4, 1)  # for float32: exact, not fast
@@ -41,7 +43,8 @@ def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, d
     documents = documents.contiguous()
     # Where the document of each position starts, and where it ends (exclusive): (B, T) int32.
     starts, ends = (torch.searchsorted(documents, documents, out_int32=True, right=x) for x in (False, True))
-    return _forward(q, k, v, s.float().contiguous(), starts, ends)[0]
+    s = F.pad(s.float() * LOG2_E, (0, -s.shape[2] % 4))  # what Hopper copies begins at multiples of 16 bytes
+    return _forward(q, k, v, s, starts, ends)[0]
 
 
 def takes_heads(q: torch.Tensor) -> bool:
@@ -52,25 +55,44 @@ def takes_heads(q: torch.Tensor) -> bool:
     return torch.cuda.get_device_capability(q.device)[0] == 9 and q.shape[3] % 8 == 0
 
 
-def _descriptor(x: torch.Tensor, rows: int) -> Any:
-    """x (B, N, T, D) in blocks of so many positions of one head."""
+def _heads_at_once(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Query heads on the same keys whose queries stand in one tile: of fewer positions, so less of it is masked.
+
+    Their queries are then held in registers, and where a tile of the softmax is as wide as one of queries, ptxas gives
+    both the same and computes nonsense (Triton 3.6 and 3.7; tests/ops/compile_kernels.py looks for it).
+    """
+    return 2 if q.shape[3] > 64 and q.shape[1] // k.shape[1] % 2 == 0 else 1
+
+
+def _descriptor(x: torch.Tensor, rows: int, heads: int = 1) -> Any:
+    """x (B, N, T, D) in blocks of so many positions of one head or more."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     D = x.shape[3]
     unit = 16 // x.element_size()  # what Hopper copies begins at multiples of 16 bytes
     if x.stride(3) != 1 or 0 in x.stride() or any(y % unit for y in x.stride()[:3]) or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, max(16, 1 << (D - 1).bit_length())])
+    block = [1, heads, rows // heads, max(16, 1 << (D - 1).bit_length())]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
-def _launch(kernel: str, q: torch.Tensor, k: torch.Tensor) -> tuple[dict[str, Any], tuple[int, int]]:
+def _rows(x: torch.Tensor, T: int, block: int) -> Any:
+    """The first T of each row of x (B, N, T′) float32, in blocks of one row."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, [x.shape[0] * x.shape[1], T], [x.shape[2], 1], [1, block])
+
+
+def _launch(kernel: str, q: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[dict[str, Any], tuple[int, int]]:
     """The arguments that the three kernels share, and the grid of one."""
     (B, H, T, D), M = q.shape, k.shape[1]
     BLOCK_M, BLOCK_N, warps, stages = EXACT if q.dtype == torch.float32 else HOPPER[kernel]
-    arguments = {"T": T, "scale": D**-0.5 * 1.4426950408889634, "M": M, "N": H // M, "D": D}
+    heads = 1 if kernel == "backward_keys" else _heads_at_once(q, k)
+    arguments = {"T": T, "stride": s.shape[2], "scale": D**-0.5 * LOG2_E, "M": M, "N": H // M, "D": D, "HEADS": heads}
     arguments |= {"BLOCK_D": max(16, 1 << (D - 1).bit_length()), "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     arguments |= {"EXACT": q.dtype == torch.float32, "num_warps": warps, "num_stages": stages}
-    return arguments, (-(-T // BLOCK_N), B * M) if kernel == "backward_keys" else (-(-T // BLOCK_M), B * H)
+    queries = BLOCK_M // heads
+    return arguments, (-(-T // BLOCK_N), B * M) if kernel == "backward_keys" else (-(-T // queries), B * H // heads)
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -83,20 +105,21 @@ def _like(x: torch.Tensor) -> torch.Tensor:
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, H, T, D) and lse (B, H, T) float32."""
-    out, lse = _like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    arguments, grid = _launch("forward", q, k)
-    M, N = arguments["BLOCK_M"], arguments["BLOCK_N"]
+    """out (B, H, T, D) and lse (B, H, T′) float32, where T′ is that of s (B, M, T′), a multiple of 4."""
+    out, lse = _like(q), s.new_empty(*q.shape[:2], s.shape[2])
+    arguments, grid = _launch("forward", q, k, s)
+    M, N, heads = (arguments[x] for x in ("BLOCK_M", "BLOCK_N", "HEADS"))
     run: Any = kernels("dynamic_mask.triton_packed")
     run.forward[grid](
-        _descriptor(q, M), _descriptor(k, N), _descriptor(v, N), s, starts, out, lse, **arguments
+        _descriptor(q, M, heads), _descriptor(k, N), _descriptor(v, N), _rows(s, q.shape[2], N), starts, out, lse,
+        **arguments,
     )  # fmt: skip
     return out, lse
 
 
 @_forward.register_fake
 def _(q, k, v, s, starts, ends):
-    return _like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return _like(q), s.new_empty(*q.shape[:2], s.shape[2])
 
 
 @torch.library.custom_op("small_doge::packed_backward", mutates_args=())
@@ -112,16 +135,18 @@ def _backward(
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, ds."""
-    dq, dk, dv, ds, delta = _like(q), _like(k), _like(v), torch.empty_like(s), torch.empty_like(lse)
+    T = q.shape[2]
+    dq, dk, dv, ds, delta = _like(q), _like(k), _like(v), torch.zeros_like(s), torch.empty_like(lse)
     run: Any = kernels("dynamic_mask.triton_packed")
     for kernel in ("backward_queries", "backward_keys"):
-        arguments, grid = _launch(kernel, q, k)
-        M, N = arguments["BLOCK_M"], arguments["BLOCK_N"]
-        q_, k_, v_, do_ = (_descriptor(x, rows) for x, rows in ((q, M), (k, N), (v, N), (do, M)))
+        arguments, grid = _launch(kernel, q, k, s)
+        M, N, heads = (arguments[x] for x in ("BLOCK_M", "BLOCK_N", "HEADS"))
+        (q_, do_), (k_, v_) = [_descriptor(x, M, heads) for x in (q, do)], [_descriptor(x, N) for x in (k, v)]
         if kernel == "backward_queries":
-            run.backward_queries[grid](q_, k_, v_, s, starts, out, lse, do_, delta, dq, **arguments)
+            run.backward_queries[grid](q_, k_, v_, _rows(s, T, N), starts, out, lse, do_, delta, dq, **arguments)
         else:
-            run.backward_keys[grid](q_, k_, v_, s, ends, lse, do_, delta, dk, dv, ds, **arguments)
+            lse_, delta_ = (_rows(x, T, M) for x in (lse, delta))
+            run.backward_keys[grid](q_, k_, v_, _rows(s, T, N), ends, lse_, do_, delta_, dk, dv, ds, **arguments)
     return dq, dk, dv, ds
 
 

@@ -6,9 +6,9 @@ A kernel has one loop over all its tiles, as each loop fills and drains a pipeli
 one after the other Triton 3.6 makes products that wait for each other (tests/ops/compile_kernels.py counts them).
 
 Shapes: B rows, H = M·N query heads on M heads of keys, T positions, D head size. q, k, v and do are descriptors of
-(B, H or M, T, D), whose blocks Hopper copies by itself and which give zeros past the end; out, dq, dk and dv are
-(B, T, H or M, D). Logits are in base 2, as exp2 is what the hardware has: log₂ e is in ``scale``, and the log-sum-exp
-is stored so.
+(B, H or M, T, D), s and, where they are read in a loop, lse and delta of (B·M or B·H, T): blocks that Hopper copies by
+itself and which give zeros past the end. out, dq, dk and dv are (B, T, H or M, D). Rows of lse, delta and db are
+``stride`` apart. Logits are in base 2, as exp2 is what the hardware has: log₂ e is in ``scale`` and in s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -33,45 +33,48 @@ def _places(b, h, t, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _keys_of(i0, b, starts, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Positions of keys for the queries i0 … i0 + BLOCK_M − 1: from `first` on some of them see some, from `inner` to
-    `diagonal` all see all, up to `last` some see some again; and where the document of each begins, (BLOCK_M,)."""
-    i = i0 + tl.arange(0, BLOCK_M)
-    last = tl.minimum(i0 + BLOCK_M, T)
+def _queries(M, N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS: tl.constexpr):
+    """The queries of a program, the longest rows of keys first: BLOCK_M/HEADS positions from i0 on, of HEADS heads from
+    h0 on with the same keys m, in row b; and for each of its BLOCK_M rows the head and the position."""
+    group = tl.program_id(1)
+    h0 = group % (M * N // HEADS) * HEADS
+    i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * (BLOCK_M // HEADS)
+    row = tl.arange(0, BLOCK_M)
+    return group // (M * N // HEADS), h0 // N, h0, i0, h0 + row // (BLOCK_M // HEADS), i0 + row % (BLOCK_M // HEADS)
+
+
+@triton.jit
+def _keys_of(i0, b, starts, T, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Positions of keys for the queries i0 … i0 + QUERIES − 1: from `first` on some of them see some, from `inner` to
+    `diagonal` all see all, up to `last` some see some again."""
+    last = tl.minimum(i0 + QUERIES, T)
     diagonal = i0 // BLOCK_N * BLOCK_N
-    starts += b * T
-    start = tl.load(starts + i, mask=i < T, other=0)
-    first = tl.load(starts + i0) // BLOCK_N * BLOCK_N
-    inner = tl.minimum(tl.cdiv(tl.load(starts + last - 1), BLOCK_N) * BLOCK_N, diagonal)
-    return start, first, inner, diagonal, last
+    first = tl.load(starts + b * T + i0) // BLOCK_N * BLOCK_N
+    inner = tl.minimum(tl.cdiv(tl.load(starts + b * T + last - 1), BLOCK_N) * BLOCK_N, diagonal)
+    return first, inner, diagonal, last
 
 
 @triton.jit
 def forward(
     q, k, v, s, starts, out, lse,
-    T, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EXACT: tl.constexpr,
+    T, stride, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax; one program a tile of queries and query head. lse: (B·H, T) float32."""
-    head = tl.program_id(1)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
-    b, h = head // (M * N), head % (M * N)
-    m = h // N
-    i0 = tile * BLOCK_M
-    i = i0 + tl.arange(0, BLOCK_M)
-    s += (b * M + m).to(tl.int64) * T
-    q_tile = q.load([b, h, i0, 0]).reshape(BLOCK_M, BLOCK_D)
-    start, first, inner, diagonal, last = _keys_of(i0, b, starts, T, BLOCK_M, BLOCK_N)
+    """Online softmax; one program a tile of queries of HEADS heads. lse: (B·H, T) float32, in base 2."""
+    b, m, h0, i0, h, i = _queries(M, N, BLOCK_M, HEADS)
+    first, inner, diagonal, last = _keys_of(i0, b, starts, T, BLOCK_M // HEADS, BLOCK_N)
+    start = tl.load(starts + b * T + i, mask=i < T, other=0)
+    q_tile = q.load([b, h0, i0, 0]).reshape(BLOCK_M, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for j0 in range(first, last, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
         k_tile = k.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
-        bias = tl.load(s + j, mask=j < T, other=0.0)
+        bias = s.load([b * M + m, j0])
         logits = _dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EXACT)
-        logits = logits * scale + (bias * LOG2_E)[None, :]
+        logits = logits * scale + bias
         if (j0 < inner) | (j0 >= diagonal):
+            j = j0 + tl.arange(0, BLOCK_N)
             logits = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= start[:, None]), logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet
@@ -85,56 +88,51 @@ def forward(
     total = tl.where(nothing, 1.0, total)
     at, here = _places(b, h, i, T, M * N, D, BLOCK_D)
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=here)
-    tl.store(lse + head.to(tl.int64) * T + i, tl.where(nothing, 0.0, top + tl.log2(total)), mask=i < T)
+    at = (b * M * N + h).to(tl.int64) * stride + i
+    tl.store(lse + at, tl.where(nothing, 0.0, top + tl.log2(total)), mask=i < T)
 
 
 @triton.jit
 def backward_queries(
     q, k, v, s, starts, out, lse, do, delta, dq,
-    T, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EXACT: tl.constexpr,
+    T, stride, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of queries and query head: dq, and delta = Σ_d do·out (B·H, T) float32 for `backward_keys`."""
-    head = tl.program_id(1)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, h = head // (M * N), head % (M * N)
-    m = h // N
-    i0 = tile * BLOCK_M
-    i = i0 + tl.arange(0, BLOCK_M)
+    """As `forward`: dq, and delta = Σ_d do·out (B·H, T) float32 for `backward_keys`."""
+    b, m, h0, i0, h, i = _queries(M, N, BLOCK_M, HEADS)
+    first, inner, diagonal, last = _keys_of(i0, b, starts, T, BLOCK_M // HEADS, BLOCK_N)
+    start = tl.load(starts + b * T + i, mask=i < T, other=0)
     at, here = _places(b, h, i, T, M * N, D, BLOCK_D)
-    q_tile = q.load([b, h, i0, 0]).reshape(BLOCK_M, BLOCK_D)
     out_tile = tl.load(out + at, mask=here, other=0.0)
-    do_tile = do.load([b, h, i0, 0]).reshape(BLOCK_M, BLOCK_D)
+    row = (b * M * N + h).to(tl.int64) * stride + i
+    lse_i = tl.load(lse + row, mask=i < T, other=float("inf"))
+    q_tile = q.load([b, h0, i0, 0]).reshape(BLOCK_M, BLOCK_D)
+    do_tile = do.load([b, h0, i0, 0]).reshape(BLOCK_M, BLOCK_D)
     delta_i = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-    row = head.to(tl.int64) * T
-    tl.store(delta + row + i, delta_i, mask=i < T)
-    lse_i = tl.load(lse + row + i, mask=i < T, other=float("inf"))
-    s += (b * M + m).to(tl.int64) * T
-    start, first, inner, diagonal, last = _keys_of(i0, b, starts, T, BLOCK_M, BLOCK_N)
+    tl.store(delta + row, delta_i, mask=i < T)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for j0 in range(first, last, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
         k_tile = k.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
         v_tile = v.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
-        bias = tl.load(s + j, mask=j < T, other=0.0)
-        logits = _dot(q_tile, tl.trans(k_tile), zeros, EXACT) * scale + ((bias * LOG2_E)[None, :] - lse_i[:, None])
+        bias = s.load([b * M + m, j0])
+        logits = _dot(q_tile, tl.trans(k_tile), zeros, EXACT) * scale + (bias - lse_i[:, None])
         if (j0 < inner) | (j0 >= diagonal):
+            j = j0 + tl.arange(0, BLOCK_N)
             logits = tl.where((j[None, :] <= i[:, None]) & (j[None, :] >= start[:, None]), logits, float("-inf"))
         p = tl.exp2(logits)
         ds = p * (_dot(do_tile, tl.trans(v_tile), zeros, EXACT) - delta_i[:, None])
         acc = _dot(ds.to(k_tile.dtype), k_tile, acc, EXACT)
-    acc *= scale * 0.6931471805599453
-    tl.store(dq + at, acc.to(dq.dtype.element_ty), mask=here)
+    tl.store(dq + at, (acc * (scale * LN_2)).to(dq.dtype.element_ty), mask=here)
 
 
 @triton.jit
 def backward_keys(
     q, k, v, s, ends, lse, do, delta, dk, dv, db,
-    T, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EXACT: tl.constexpr,
+    T, stride, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of keys and head of keys: dk, dv (B, T, M, D) and db (B, M, T) float32, each written once.
+    """One program a tile of keys and head of keys: dk, dv (B, T, M, D) and db (B·M, T) float32, each written once.
 
     Everything stands transposed, keys along the first dimension. One loop goes through the query heads of the keys,
     and the tiles of queries of each: a pipeline is filled and drained once.
@@ -152,10 +150,7 @@ def backward_keys(
     inner = tl.cdiv(after, BLOCK_M) * BLOCK_M
     outer = tl.maximum(whole // BLOCK_M * BLOCK_M, inner)
     tiles = tl.cdiv(last - first, BLOCK_M)
-    s += row.to(tl.int64) * T
-    lse += (row * N).to(tl.int64) * T
-    delta += (row * N).to(tl.int64) * T
-    bias = tl.load(s + j, mask=j < T, other=0.0) * LOG2_E
+    bias = s.load([row, j0]).reshape(BLOCK_N)
     k_tile = k.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
     v_tile = v.load([b, m, j0, 0]).reshape(BLOCK_N, BLOCK_D)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -165,23 +160,22 @@ def backward_keys(
     for step in range(N * tiles):
         n = step // tiles
         i0 = first + (step - n * tiles) * BLOCK_M
-        i = i0 + tl.arange(0, BLOCK_M)
         q_tile = q.load([b, m * N + n, i0, 0]).reshape(BLOCK_M, BLOCK_D)
-        lse_i = tl.load(lse + n * T + i, mask=i < T, other=float("inf"))
         do_tile = do.load([b, m * N + n, i0, 0]).reshape(BLOCK_M, BLOCK_D)
+        lse_i = lse.load([row * N + n, i0])
+        delta_i = delta.load([row * N + n, i0])
         logits = _dot(k_tile, tl.trans(q_tile), zeros, EXACT)
         dp = _dot(v_tile, tl.trans(do_tile), zeros, EXACT)
-        logits = logits * scale + (bias[:, None] - lse_i[None, :])
+        logits = logits * scale + (bias[:, None] - lse_i)
         if (i0 < inner) | (i0 >= outer):
+            i = i0 + tl.arange(0, BLOCK_M)
             logits = tl.where((j[:, None] <= i[None, :]) & (i[None, :] < stop[:, None]), logits, float("-inf"))
         p = tl.exp2(logits)
         dv_tile = _dot(p.to(do_tile.dtype), do_tile, dv_tile, EXACT)
-        delta_i = tl.load(delta + n * T + i, mask=i < T, other=0.0)
-        ds = p * (dp - delta_i[None, :])
+        ds = p * (dp - delta_i)
         db_tile += tl.sum(ds, 1)
         dk_tile = _dot(ds.to(q_tile.dtype), q_tile, dk_tile, EXACT)
-    dk_tile *= scale * 0.6931471805599453
     at, there = _places(b, m, j, T, M, D, BLOCK_D)
-    tl.store(dk + at, dk_tile.to(dk.dtype.element_ty), mask=there)
+    tl.store(dk + at, (dk_tile * (scale * LN_2)).to(dk.dtype.element_ty), mask=there)
     tl.store(dv + at, dv_tile.to(dv.dtype.element_ty), mask=there)
-    tl.store(db + row.to(tl.int64) * T + j, db_tile, mask=j < T)
+    tl.store(db + row.to(tl.int64) * stride + j, db_tile * LN_2, mask=j < T)
