@@ -8,6 +8,7 @@ roofline's numerator) and the share of the chip's peak beside it. ``floor_tokens
 all products ran at the rate of a large one and all that lies between them at that of a large copy, both measured.
 
     python benchmarks/train_throughput.py --sizes 20m,60m,160m,320m        # one GPU
+    python benchmarks/train_throughput.py --sizes 60m,160m,320m --layers "transformers Llama"   # it is faster so
     python benchmarks/train_throughput.py --sizes 20m --kinds ours --profile
     python benchmarks/train_throughput.py --sizes 20m,40m-moe --kinds ours    # what experts cost
 """
@@ -149,7 +150,8 @@ def measure(size: str, kind: str, args: argparse.Namespace, data: Any, rate: tup
         torch.cuda.reset_peak_memory_stats()
     model, clock = build(kind, config), Clock(args.profile)
     parameters = sum(p.numel() for p in model.parameters())
-    if args.layers:
+    by_layer = kind in args.layers.split(";") or args.layers == "all"
+    if by_layer:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +164,7 @@ def measure(size: str, kind: str, args: argparse.Namespace, data: Any, rate: tup
             save_strategy="no",
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=micro_batches,
-            torch_compile=not args.eager and not args.layers,
+            torch_compile=not args.eager and not by_layer,
             report_to="none",
             dataloader_num_workers=args.workers,
             learning_rate=1e-3,
@@ -184,7 +186,7 @@ def measure(size: str, kind: str, args: argparse.Namespace, data: Any, rate: tup
     step, losses = median(clock.seconds(args.skip)), [x["loss"] for x in trainer.state.log_history if "loss" in x]
     speed, peak = tokens / step, peak_flops(device, bf16=True)
     flops = flops_per_token(config, row_length)
-    compiled = "no" if args.eager else "layer" if args.layers else "model"
+    compiled = "no" if args.eager else "layer" if by_layer else "model"
     row = {
         "size": size,
         "model": kind,
@@ -258,14 +260,17 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=2, help="steps before those that count")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--layers", action="store_true", help="compile one layer and use it for all")
+    parser.add_argument(
+        "--layers", nargs="?", const="all", default="", help="of these kinds, or all, compile one layer for all"
+    )
     parser.add_argument("--profile", action="store_true", help="print what the last step's kernels take")
     parser.add_argument("--draw", metavar="CSV", help="only draw the picture of an earlier run")
     parser.add_argument("--output", default=str(RESULTS / "train_throughput.csv"))
     args = parser.parse_args()
     if args.draw:
         return draw(read_csv(args.draw), Path(args.draw).with_suffix(".png"))
-    for given, known in ((args.kinds.split(";"), ROWS), (args.sizes.split(","), SIZES)):
+    by_layer = [name for name in args.layers.split(";") if name not in ("", "all")]
+    for given, known in ((args.kinds.split(";") + by_layer, ROWS), (args.sizes.split(","), SIZES)):
         if unknown := [name for name in given if name not in known]:
             raise SystemExit(f"unknown: {', '.join(unknown)}, expected some of {'; '.join(known)}")
     where, rate, rows = provenance(this_device()), rates(this_device()), []

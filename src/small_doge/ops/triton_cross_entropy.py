@@ -14,7 +14,8 @@ def logits_to_gradient(
     """One program a row: losses ← −log softmax(logits)[label], logits ← (softmax − one-hot) / denominator.
 
     Both are 0 for a row whose label is IGNORED. A row is read twice, the second time from the chip's cache: blocks that
-    are small enough for several programs a multiprocessor hide more of memory's delay than holding a row would save.
+    are small enough for several programs a multiprocessor hide more of memory's delay than holding a row would save,
+    and what is read for the last time or written makes way for what is not.
     """
     row = tl.program_id(0)
     label = tl.load(labels + row)
@@ -26,7 +27,9 @@ def logits_to_gradient(
     largest = float("-inf")
     total = 0.0
     for start in range(0, V, BLOCK):
-        x = tl.load(logits + start + column, mask=start + column < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(
+            logits + start + column, mask=start + column < V, other=float("-inf"), eviction_policy="evict_last"
+        ).to(tl.float32)
         higher = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - higher) + tl.sum(tl.exp(x - higher), 0)
         largest = higher
@@ -34,7 +37,8 @@ def logits_to_gradient(
         factor = scale / total
         for start in range(0, V, BLOCK):
             here = start + column
-            x = tl.load(logits + here, mask=here < V, other=float("-inf")).to(tl.float32)
+            x = tl.load(logits + here, mask=here < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
             error = tl.exp(x - largest) * factor - tl.where(here == label, scale, 0.0)
-            tl.store(logits + here, error.to(logits.dtype.element_ty), mask=here < V)
+            error = error.to(logits.dtype.element_ty)
+            tl.store(logits + here, error, mask=here < V, eviction_policy="evict_first")
     tl.store(losses + row, tl.where(labelled, largest + tl.log(total) - at_label, 0.0))
