@@ -23,8 +23,9 @@ import long_context  # noqa: E402
 import points  # noqa: E402
 import recall_study  # noqa: E402
 import schedule  # noqa: E402
+import stream_gradient  # noqa: E402
 
-STUDIES = (against_llama, experts_quality, long_context, recall_study, schedule)
+STUDIES = (against_llama, experts_quality, long_context, recall_study, schedule, stream_gradient)
 
 
 def measure(point):

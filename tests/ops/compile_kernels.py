@@ -82,16 +82,15 @@ def stale(code: str) -> bool:
         loop = [x for x in lines if int(back[1], 16) <= int(x[0], 16) <= int(end, 16)]
         reader: dict[int, str] = {}  # of a register, since it was last written: which product
         for at, operation, rest in loop * 2:
-            first, *others = (int(x) for x in re.findall(r"\bR(\d+)\b", rest)) if re.search(r"\bR\d", rest) else (-9,)
+            registers = [int(x) for x in re.findall(r"\bR(\d+)\b", rest)]
             if operation.startswith("HGMMA"):
-                if re.match(r"\s*R\d+, R\d+,", rest):
-                    for register in range(others[0], others[0] + 4):
-                        if reader.setdefault(register, at) != at:
-                            return True
+                left = registers[1:2] if re.match(r"\s*R\d+, R\d+,", rest) else []  # the first of four
+                if any(reader.setdefault(x + i, at) != at for x in left for i in range(4)):
+                    return True
             elif re.match(r"\s*R\d", rest) and not operation.startswith(("ST", "RED", "ATOM")):
                 wide = 4 if operation.endswith((".128", ".4")) else 2 if re.search(r"\.64|WIDE", operation) else 1
-                for register in range(first, first + wide):
-                    reader.pop(register, None)
+                for i in range(wide):
+                    reader.pop(registers[0] + i, None)
     return False
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from small_doge.models import DogeForCausalLM, config_for
 from small_doge.ops.dynamic_mask import eviction_times, packed, reference, sparse, visible_keys
 
 pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
 
+attending = importlib.import_module("small_doge.ops.dynamic_mask")
 launcher = importlib.import_module("small_doge.ops.dynamic_mask.sparse")
 packing = importlib.import_module("small_doge.ops.dynamic_mask.packed")
 folding = importlib.import_module("small_doge.ops.dynamic_mask.folded")
@@ -140,6 +142,29 @@ def test_packed_reads_any_layout():
     assert torch.equal(
         packed(*same, leaves[3], documents), packed(*(x.contiguous() for x in same), leaves[3], documents)
     )
+    for T in (48, 50):  # scores as the model has them, heads side by side, rows of a multiple of four and not
+        q, k, v, s = (x[:, :, :T] for x in leaves)
+        expected = packed(q, k, v, s.contiguous(), documents[:, :T])
+        assert torch.equal(packed(q, k, v, s.mT.contiguous().mT, documents[:, :T]), expected)
+
+
+def test_a_model_on_packed_documents_is_that_of_the_reference(monkeypatch):
+    """Its loss and all its gradients, with scores as it makes them."""
+    torch.manual_seed(0)
+    model = DogeForCausalLM(config_for("tiny", vocab_size=300, num_hidden_layers=2))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.dim() == 1 else 0
+    ids = torch.randint(300, (2, 40))
+    positions = torch.stack([torch.arange(40), torch.cat([torch.arange(15), torch.arange(25)])])
+    monkeypatch.setattr(attending, "usable", lambda x: True)
+    monkeypatch.setattr(attending, "takes_heads", lambda q: True)
+    found = []
+    for path in ("reference", "packed"):
+        monkeypatch.setenv(attending.FORCE, path)
+        loss = model(ids, position_ids=positions, labels=ids, use_cache=False).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for expected, got in zip(*found, strict=True):
+        assert (got - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_scores_of_their_own_for_every_query_head():

@@ -9,7 +9,7 @@ from small_doge.training.estimates import largest_micro_batch, training_bytes
 from small_doge.training.pretrain import pretrain
 
 # Size, rows of 2,048, peak GiB of a compiled step with AdamW: torch.cuda.max_memory_allocated, one H200.
-MEASURED = [("20m", 64, 8.55), ("60m", 64, 31.47), ("160m", 64, 69.92), ("320m", 64, 124.32)]
+MEASURED = [("20m", 64, 8.36), ("60m", 64, 31.09), ("160m", 64, 69.43), ("320m", 64, 123.77)]
 
 
 def sized(size):

@@ -44,7 +44,7 @@ def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, d
     # Where the document of each position starts, and where it ends (exclusive): (B, T) int32.
     starts, ends = (torch.searchsorted(documents, documents, out_int32=True, right=x) for x in (False, True))
     s = F.pad(s.float() * LOG2_E, (0, -s.shape[2] % 4))  # what Hopper copies begins at multiples of 16 bytes
-    return _forward(q, k, v, s, starts, ends)[0]
+    return _forward(q, k, v, s.contiguous(), starts, ends)[0]  # not all padding copies
 
 
 def takes_heads(q: torch.Tensor) -> bool:
