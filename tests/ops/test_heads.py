@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_doge
 
-from small_doge.models import DogeConfig, DogeForCausalLM, attention, config_for
+from small_doge.models import DogeConfig, attention
 from small_doge.models.rotary import rotary_angles, rotate
 from small_doge.ops import heads as module
 from small_doge.ops.heads import projected_heads
@@ -111,12 +112,7 @@ def test_the_operators_are_what_torch_compile_is_told():
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_model_is_the_same_with_them(monkeypatch, cached):
     """Two documents in a row that another does not have, so that angles differ; prefilled, or with all gradients."""
-    torch.manual_seed(0)
-    model = DogeForCausalLM(config_for("tiny", vocab_size=300, num_hidden_layers=2))
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p) if p.dim() == 1 else 0
-    ids = torch.randint(300, (2, 40))
-    positions = torch.stack([torch.arange(40), torch.cat([torch.arange(15), torch.arange(25)])])
+    model, ids, positions = tiny_doge()
 
     def found():
         if cached:

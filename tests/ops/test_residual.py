@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_doge
 
-from small_doge.models import DogeForCausalLM, config_for, modeling_doge
+from small_doge.models import modeling_doge
 from small_doge.ops import residual as module
 from small_doge.ops.residual import add_update, norm_and_carry
 
@@ -109,11 +110,7 @@ def test_an_update_is_added_and_the_gradient_has_its_dtype():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_model_is_the_same_with_it(monkeypatch, autocast):
-    torch.manual_seed(0)
-    model = DogeForCausalLM(config_for("tiny", vocab_size=300, num_hidden_layers=2))
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p) if p.dim() == 1 else 0
-    ids = torch.randint(300, (2, 40))
+    model, ids, _ = tiny_doge()
 
     def found():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

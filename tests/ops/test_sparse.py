@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_doge
 
-from small_doge.models import DogeForCausalLM, config_for
 from small_doge.ops.dynamic_mask import eviction_times, packed, reference, sparse, visible_keys
 
 pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
@@ -150,12 +150,7 @@ def test_packed_reads_any_layout():
 
 def test_a_model_on_packed_documents_is_that_of_the_reference(monkeypatch):
     """Its loss and all its gradients, with scores as it makes them."""
-    torch.manual_seed(0)
-    model = DogeForCausalLM(config_for("tiny", vocab_size=300, num_hidden_layers=2))
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p) if p.dim() == 1 else 0
-    ids = torch.randint(300, (2, 40))
-    positions = torch.stack([torch.arange(40), torch.cat([torch.arange(15), torch.arange(25)])])
+    model, ids, positions = tiny_doge()
     monkeypatch.setattr(attending, "usable", lambda x: True)
     monkeypatch.setattr(attending, "takes_heads", lambda q: True)
     found = []
