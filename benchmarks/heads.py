@@ -56,9 +56,8 @@ def measure(size: str, rows: int, rounds: int, device: torch.device, rate: tuple
     if can_project_heads(x, D):
         steps["ours"] = training(torch.compile(projected_heads))
     flop = 6 * rows * T * C * (H + 2 * G) * D
-    moved = (
-        2 * rows * T * D * (2 * (H + G) + 3 * (H + G) + 2 * G + 2 * G)
-    )  # forward; backward; gradient of v; its layer
+    # q and k forward and backward, the gradient of v, and v for its layer and for that of its weight
+    moved = 2 * rows * T * D * (2 * (H + G) + 3 * (H + G) + 2 * G + 2 * G)
     floor = 1e3 * (flop / rate[0] + moved / rate[1])
     found: list[Row] = []
     for name, step in steps.items():

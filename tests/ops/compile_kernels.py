@@ -120,7 +120,7 @@ if __name__ == "__main__":
         types = dict.fromkeys("qkv dk dv d_scored scorer".split(), "*bf16") | {"eps": "fp32"}
         types |= dict.fromkeys("q_norm k_norm cos sin norms".split(), "*fp32")
         found["heads_" + name] = compiled(getattr(triton_heads, name), capability, constants, 4, 3, **types)
-    constants, types = {"C": 768, "WIDTH": 1024, "STAGES": 3}, dict.fromkeys(("d_normed", "d_carried", "dy"), "*bf16")
+    constants, types = {"C": 768, "WIDTH": 1024}, dict.fromkeys(("d_normed", "d_carried", "dy"), "*bf16")
     types |= dict.fromkeys("y weight scale sums".split(), "*fp32") | {"eps": "fp32"}
     found["residual_backward"] = compiled(triton_residual.backward, capability, constants, 1, 3, **types)
     for name in CONSTANTS:

@@ -71,18 +71,24 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         else:
             transformed = self.mlp(normed)
         transformed = F.dropout(transformed, p=self.hidden_dropout, training=self.training)
-        if can_norm_and_carry(carried):
+        if norms_in_kernel(carried, self.post_attention_layernorm, self.post_attention_residual):
             hidden_states = add_update(carried, transformed)
         else:
             hidden_states = (carried + transformed).to(hidden_states.dtype)
         return hidden_states, weights, router_logits, loss
 
 
+def norms_in_kernel(x: torch.Tensor, norm: DogeRMSNorm, scale: torch.Tensor) -> bool:
+    """Whether :func:`norm_and_carry` can stand for ``norm``: then the gradient of the stream x has 16 bits."""
+    return plain(norm, DogeRMSNorm) and can_norm_and_carry(x, norm.weight, scale)
+
+
 def add_norm_and_scale(
     x: torch.Tensor, update: torch.Tensor | None, norm: DogeRMSNorm, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(…, C) each: ``norm`` of y = x + ``update``, and scale · y, what the residual stream carries on."""
-    if plain(norm, DogeRMSNorm) and norm.eps is not None and can_norm_and_carry(x, norm.weight, scale):
+    if norms_in_kernel(x, norm, scale):
+        assert norm.eps is not None
         return norm_and_carry(x, update, norm.weight, scale, norm.eps)
     y = x if update is None else (x + update).to(x.dtype)
     return norm(y), (scale * y).to(y.dtype)

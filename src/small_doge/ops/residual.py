@@ -109,7 +109,7 @@ def _backward(
     sums = torch.empty(programs, 2, C, dtype=torch.float32, device=y.device)
     kernels("triton_residual").backward[(programs,)](
         d_normed, d_carried, y, weight.contiguous(), scale.contiguous(), dy, sums,
-        N, eps, C=C, WIDTH=width, STAGES=3, num_warps=max(1, width // 1024),
+        N, eps, C=C, WIDTH=width, num_warps=max(1, width // 1024),
     )  # fmt: skip
     return dy, sums.sum(0)
 

@@ -17,7 +17,7 @@ def _dithered(x, seed):
 @triton.jit
 def backward(
     d_normed, d_carried, y, weight, scale, dy, sums,
-    N, eps, C: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    N, eps, C: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """dy (N, C) and sums (programs, 2, C), parts of the weights' gradients.
 
@@ -34,7 +34,7 @@ def backward(
     d_scale = tl.zeros([WIDTH], tl.float32)
     program, programs = tl.program_id(0), tl.num_programs(0)
     at = program.to(tl.int64) * C + c
-    for _ in tl.range(program, N, programs, num_stages=STAGES):  # the next rows are on their way already
+    for _ in tl.range(program, N, programs, num_stages=3):  # the next rows are on their way already
         y_n = tl.load(y + at, mask=there, other=0.0).to(tl.float32)
         g = tl.load(d_normed + at, mask=there, other=0.0).to(tl.float32)
         carried = tl.load(d_carried + at, mask=there, other=0.0).to(tl.float32)
