@@ -88,8 +88,8 @@ def launcher(kernel: str, B: int, H: int, G: int, T: int, window: int) -> Callab
     delta = (out.float() * do.float()).sum(-1)
     dk, dv, ds = torch.empty_like(k), torch.empty_like(v), torch.empty_like(s)
     arguments, grid = packed._launch(kernel, q, k, s)
-    M, N, heads = (arguments[x] for x in ("BLOCK_M", "BLOCK_N", "HEADS"))
-    (q_, do_), (k_, v_) = [packed._descriptor(x, M, heads) for x in (q, do)], [packed._descriptor(x, N) for x in (k, v)]
+    M, N = arguments["BLOCK_M"], arguments["BLOCK_N"]
+    (q_, do_), (k_, v_) = [packed._descriptor(x, M) for x in (q, do)], [packed._descriptor(x, N) for x in (k, v)]
     s_, lse_, delta_ = (packed._rows(x, T, rows) for x, rows in ((s, N), (lse, M), (delta, M)))
     tensors = {
         "forward": (q_, k_, v_, s_, starts, out, lse),

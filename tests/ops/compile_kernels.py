@@ -16,12 +16,15 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
+from machine_code import stale
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from small_doge.ops import heads, triton_heads, triton_residual
-from small_doge.ops.dynamic_mask import triton_attention, triton_packed, triton_window
+from small_doge.ops.dynamic_mask import gluon_packed, triton_attention, triton_packed, triton_window
 
 SPARSE, PACKED = (importlib.import_module(f"small_doge.ops.dynamic_mask.{x}") for x in ("sparse", "packed"))
 ATTENTION = {"N": 1, "D": 128, "BLOCK_D": 128, "EXACT": False}  # as for bfloat16 and head size 128
@@ -39,7 +42,13 @@ TYPES |= dict.fromkeys("s scores lse delta dk dv db".split(), "*fp32")
 
 
 def compiled(
-    function: Any, capability: int, constants: dict[str, object], warps: int, stages: int, **types: str
+    function: Any,
+    capability: int,
+    constants: dict[str, object],
+    warps: int,
+    stages: int,
+    maxnreg: int | None = None,
+    **types: str,
 ) -> dict[str, object]:
     """What one kernel takes: bytes of shared memory and stack, registers, whether it has Hopper's instructions,
     whether each of these waits for the one before, as ptxas has it where it cannot follow their accumulators, and
@@ -49,9 +58,9 @@ def compiled(
     values = {(names.index(x),): value for x, value in constants.items()}
     by_16 = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if x not in constants and x != "scale"}
     kernel = triton.compile(
-        ASTSource(function, signature, values, by_16),
+        (GluonASTSource if function.is_gluon() else ASTSource)(function, signature, values, by_16),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options={"num_warps": warps, "num_stages": stages, "maxnreg": maxnreg},
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -68,32 +77,6 @@ def compiled(
     return found | {"wgmma": wgmma, "one_by_one": one_by_one, "stale": stale(code)}
 
 
-def stale(code: str) -> bool:
-    """Whether two products of a loop have the same left operand in registers though it is not the same in the source.
-
-    Each of our products has its own. Where the queries of a tile stay in registers for the whole loop, ptxas can give
-    their place to the softmax (seen with Triton 3.6 and 3.7), and all turns but the first multiply the wrong thing.
-    """
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?(\S+)(.*?);", code, re.MULTILINE)
-    for end, operation, rest in lines:
-        back = re.search(r"0x([0-9a-f]+)", rest) if operation == "BRA" else None
-        if not back or int(back[1], 16) > int(end, 16):
-            continue
-        loop = [x for x in lines if int(back[1], 16) <= int(x[0], 16) <= int(end, 16)]
-        reader: dict[int, str] = {}  # of a register, since it was last written: which product
-        for at, operation, rest in loop * 2:
-            registers = [int(x) for x in re.findall(r"\bR(\d+)\b", rest)]
-            if operation.startswith("HGMMA"):
-                left = registers[1:2] if re.match(r"\s*R\d+, R\d+,", rest) else []  # the first of four
-                if any(reader.setdefault(x + i, at) != at for x in left for i in range(4)):
-                    return True
-            elif re.match(r"\s*R\d", rest) and not operation.startswith(("ST", "RED", "ATOM")):
-                wide = 4 if operation.endswith((".128", ".4")) else 2 if re.search(r"\.64|WIDE", operation) else 1
-                for i in range(wide):
-                    reader.pop(registers[0] + i, None)
-    return False
-
-
 if __name__ == "__main__":
     capability = int(sys.argv[1])
     found = {}
@@ -102,19 +85,19 @@ if __name__ == "__main__":
         constants = ATTENTION | {"BLOCK_M": queries, "BLOCK_N": keys, "CHUNK": 1024}
         found[name] = compiled(getattr(triton_attention, name), capability, constants, warps, stages)
     for name, (queries, keys, warps, stages) in PACKED.HOPPER.items() if capability == 90 else ():
-        H = 1 if name == "backward_keys" else 2  # heads in a tile
-        constants = ATTENTION | {"N": 2, "BLOCK_M": queries, "BLOCK_N": keys, "HEADS": H}
-        blocks = dict.fromkeys(("q", "do"), f"tensordesc<bf16[1, {H}, {queries // H}, 128]>")
-        blocks |= dict.fromkeys(("k", "v"), f"tensordesc<bf16[1, 1, {keys}, 128]>")
+        constants = ATTENTION | {"N": 2, "BLOCK_M": queries, "BLOCK_N": keys}
+        rows = {"q": queries, "do": queries, "k": keys, "v": keys}
+        blocks = {x: f"tensordesc<bf16[1, 1, {n}, 128]>" for x, n in rows.items()}
         blocks["s"] = f"tensordesc<fp32[1, {keys}]>"
         if name == "backward_keys":
             blocks |= dict.fromkeys(("lse", "delta"), f"tensordesc<fp32[1, {queries}]>")
-        function = getattr(triton_packed, name)
-        found["packed_" + name] = compiled(function, capability, constants, warps, stages, **blocks)
-        if name == "forward":  # what `packed` does not do, as long as ptxas takes it for something else
-            narrow = {x: y.replace("128]", "64]") for x, y in blocks.items()}
-            constants |= {"D": 64, "BLOCK_D": 64}
-            found["avoided"] = compiled(function, capability, constants, warps, stages, **narrow)
+        found["packed_" + name] = compiled(getattr(triton_packed, name), capability, constants, warps, stages, **blocks)
+    for name in ("forward", "backward_queries") if capability == 90 else ():
+        of_heads, of_scores = (gl.NVMMASharedLayout(*x) for x in ((128, 16, 4), (0, 32, 2)))
+        blocks = dict.fromkeys("q k v out do dq".split(), f"tensordesc<bf16[1, 1, 64, 128],{of_heads!r}>")
+        blocks |= {"s": f"tensordesc<fp32[1, 64],{of_scores!r}>", "counter": "*i32"}
+        function = getattr(gluon_packed, name)
+        found["pairs_" + name] = compiled(function, capability, {"N": 2}, 4, 3, maxnreg=168, **blocks)
     for name in ("forward", "backward"):
         constants = {"D": 128, "BLOCK": heads._BLOCK, "HALF": 64} | ({"M": 4} if name == "backward" else {})
         types = dict.fromkeys("qkv dk dv d_scored scorer".split(), "*bf16") | {"eps": "fp32"}

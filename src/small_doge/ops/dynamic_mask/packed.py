@@ -5,6 +5,7 @@ Here is what calls the kernels: sizes of tiles, allocation, and operators that t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ LOG2_E = 1.4426950408889634
 Tiles = tuple[int, int, int, int]
 HOPPER: dict[str, Tiles] = {
     "forward": (64, 64, 4, 3),
-    "backward_queries": (64, 64, 4, 3),
+    "backward_queries": (64, 64, 4, 2),
     "backward_keys": (64, 64, 4, 2),
 }
 EXACT: Tiles = (32, 32, 4, 1)  # for float32: exact, not fast
@@ -55,44 +56,76 @@ def takes_heads(q: torch.Tensor) -> bool:
     return torch.cuda.get_device_capability(q.device)[0] == 9 and q.shape[3] % 8 == 0
 
 
-def _heads_at_once(q: torch.Tensor, k: torch.Tensor) -> int:
-    """Query heads on the same keys whose queries stand in one tile: of fewer positions, so less of it is masked.
+def _pairs(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether two query heads on the same keys go through them together, in gluon_packed.py.
 
-    Their queries are then held in registers, and where a tile of the softmax is as wide as one of queries, ptxas gives
-    both the same and computes nonsense (Triton 3.6 and 3.7; tests/ops/compile_kernels.py looks for it).
+    Gluon is experimental in Triton: only versions for which its kernels were compiled and looked at.
     """
-    return 2 if q.shape[3] > 64 and q.shape[1] // k.shape[1] % 2 == 0 else 1
+    if not q.is_cuda or q.dtype == torch.float32 or not 64 < q.shape[3] <= 128 or q.shape[1] // k.shape[1] % 2:
+        return False
+    import triton
+
+    return triton.__version__.startswith(("3.6.", "3.7."))
 
 
-def _descriptor(x: torch.Tensor, rows: int, heads: int = 1) -> Any:
-    """x (B, N, T, D) in blocks of so many positions of one head or more."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+def _descriptor(x: torch.Tensor, rows: int, gluon: bool = False) -> Any:
+    """x (B, N, T, D) in blocks of so many positions of a head."""
     D = x.shape[3]
     unit = 16 // x.element_size()  # what Hopper copies begins at multiples of 16 bytes
     if x.stride(3) != 1 or 0 in x.stride() or any(y % unit for y in x.stride()[:3]) or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    block = [1, heads, rows // heads, max(16, 1 << (D - 1).bit_length())]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+    return _blocks(x, x.shape, x.stride(), [1, 1, rows, max(16, 1 << (D - 1).bit_length())], gluon)
 
 
-def _rows(x: torch.Tensor, T: int, block: int) -> Any:
+def _rows(x: torch.Tensor, T: int, block: int, gluon: bool = False) -> Any:
     """The first T of each row of x (B, N, T′) float32, in blocks of one row."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    return _blocks(x, (x.shape[0] * x.shape[1], T), (x.shape[2], 1), [1, block], gluon)
 
-    return TensorDescriptor(x, [x.shape[0] * x.shape[1], T], [x.shape[2], 1], [1, block])
+
+def _blocks(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], block: list[int], gluon: bool) -> Any:
+    """What Hopper needs to copy such blocks of x by itself."""
+    if not gluon:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(x, list(shape), list(stride), block)
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia import hopper
+
+    # Heads lie in shared memory as products read them.
+    layout = NVMMASharedLayout(0 if x.dtype == torch.float32 else 128, 8 * x.element_size(), len(block))
+    return hopper.TensorDescriptor(x, list(shape), list(stride), block, layout)
 
 
 def _launch(kernel: str, q: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> tuple[dict[str, Any], tuple[int, int]]:
     """The arguments that the three kernels share, and the grid of one."""
     (B, H, T, D), M = q.shape, k.shape[1]
     BLOCK_M, BLOCK_N, warps, stages = EXACT if q.dtype == torch.float32 else HOPPER[kernel]
-    heads = 1 if kernel == "backward_keys" else _heads_at_once(q, k)
-    arguments = {"T": T, "stride": s.shape[2], "scale": D**-0.5 * LOG2_E, "M": M, "N": H // M, "D": D, "HEADS": heads}
+    arguments = {"T": T, "stride": s.shape[2], "scale": D**-0.5 * LOG2_E, "M": M, "N": H // M, "D": D}
     arguments |= {"BLOCK_D": max(16, 1 << (D - 1).bit_length()), "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     arguments |= {"EXACT": q.dtype == torch.float32, "num_warps": warps, "num_stages": stages}
-    queries = BLOCK_M // heads
-    return arguments, (-(-T // BLOCK_N), B * M) if kernel == "backward_keys" else (-(-T // queries), B * H // heads)
+    return arguments, (-(-T // BLOCK_N), B * M) if kernel == "backward_keys" else (-(-T // BLOCK_M), B * H)
+
+
+def _launch_pairs(
+    kernel: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    blocks: tuple[torch.Tensor, ...],
+    *pointers: torch.Tensor,
+) -> None:
+    """Run a kernel of gluon_packed.py on q, k, v, s, then others in blocks as q, then some as they are."""
+    (B, H, T, D), M = q.shape, k.shape[1]
+    tiles = -(-T // 64)
+    total = tiles * B * H // 2
+    programs = min(total, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    run: Any = kernels("dynamic_mask.gluon_packed")
+    getattr(run, kernel)[(programs,)](
+        *(_descriptor(x, 64, gluon=True) for x in (q, k, v)), _rows(s, T, 64, gluon=True),
+        *(_descriptor(x, 64, gluon=True) for x in blocks), *pointers, q.new_zeros(1, dtype=torch.int32),
+        T, s.shape[2], D**-0.5 * LOG2_E, M, tiles, total, H // M, num_warps=4, maxnreg=168,
+    )  # fmt: skip
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
@@ -107,13 +140,15 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, H, T, D) and lse (B, H, T′) float32, where T′ is that of s (B, M, T′), a multiple of 4."""
     out, lse = _like(q), s.new_empty(*q.shape[:2], s.shape[2])
+    if _pairs(q, k):
+        _launch_pairs("forward", q, k, v, s, (out,), starts, lse)
+        return out, lse
     arguments, grid = _launch("forward", q, k, s)
-    M, N, heads = (arguments[x] for x in ("BLOCK_M", "BLOCK_N", "HEADS"))
+    M, N = arguments["BLOCK_M"], arguments["BLOCK_N"]
     run: Any = kernels("dynamic_mask.triton_packed")
     run.forward[grid](
-        _descriptor(q, M, heads), _descriptor(k, N), _descriptor(v, N), _rows(s, q.shape[2], N), starts, out, lse,
-        **arguments,
-    )  # fmt: skip
+        _descriptor(q, M), _descriptor(k, N), _descriptor(v, N), _rows(s, q.shape[2], N), starts, out, lse, **arguments
+    )
     return out, lse
 
 
@@ -138,10 +173,12 @@ def _backward(
     T = q.shape[2]
     dq, dk, dv, ds, delta = _like(q), _like(k), _like(v), torch.zeros_like(s), torch.empty_like(lse)
     run: Any = kernels("dynamic_mask.triton_packed")
-    for kernel in ("backward_queries", "backward_keys"):
+    if pairs := _pairs(q, k):
+        _launch_pairs("backward_queries", q, k, v, s, (out, do, dq), starts, lse, delta)
+    for kernel in ("backward_keys",) if pairs else ("backward_queries", "backward_keys"):
         arguments, grid = _launch(kernel, q, k, s)
-        M, N, heads = (arguments[x] for x in ("BLOCK_M", "BLOCK_N", "HEADS"))
-        (q_, do_), (k_, v_) = [_descriptor(x, M, heads) for x in (q, do)], [_descriptor(x, N) for x in (k, v)]
+        M, N = arguments["BLOCK_M"], arguments["BLOCK_N"]
+        (q_, do_), (k_, v_) = [_descriptor(x, M) for x in (q, do)], [_descriptor(x, N) for x in (k, v)]
         if kernel == "backward_queries":
             run.backward_queries[grid](q_, k_, v_, _rows(s, T, N), starts, out, lse, do_, delta, dq, **arguments)
         else:

@@ -33,21 +33,17 @@ def _places(b, h, t, T, H, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _queries(M, N: tl.constexpr, BLOCK_M: tl.constexpr, HEADS: tl.constexpr):
-    """The queries of a program, the longest rows of keys first: BLOCK_M/HEADS positions from i0 on, of HEADS heads from
-    h0 on with the same keys m, in row b; and for each of its BLOCK_M rows the head and the position."""
-    group = tl.program_id(1)
-    h0 = group % (M * N // HEADS) * HEADS
-    i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * (BLOCK_M // HEADS)
-    row = tl.arange(0, BLOCK_M)
-    return group // (M * N // HEADS), h0 // N, h0, i0, h0 + row // (BLOCK_M // HEADS), i0 + row % (BLOCK_M // HEADS)
+def _tile(M, N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Row b, query head h on the head of keys m, and the first query of a program: the longest rows of keys first."""
+    h = tl.program_id(1) % (M * N)
+    return tl.program_id(1) // (M * N), h, h // N, (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
 
 
 @triton.jit
-def _keys_of(i0, b, starts, T, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Positions of keys for the queries i0 … i0 + QUERIES − 1: from `first` on some of them see some, from `inner` to
+def _keys_of(i0, b, starts, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Positions of keys for the queries i0 … i0 + BLOCK_M − 1: from `first` on some of them see some, from `inner` to
     `diagonal` all see all, up to `last` some see some again."""
-    last = tl.minimum(i0 + QUERIES, T)
+    last = tl.minimum(i0 + BLOCK_M, T)
     diagonal = i0 // BLOCK_N * BLOCK_N
     first = tl.load(starts + b * T + i0) // BLOCK_N * BLOCK_N
     inner = tl.minimum(tl.cdiv(tl.load(starts + b * T + last - 1), BLOCK_N) * BLOCK_N, diagonal)
@@ -58,13 +54,14 @@ def _keys_of(i0, b, starts, T, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr):
 def forward(
     q, k, v, s, starts, out, lse,
     T, stride, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax; one program a tile of queries of HEADS heads. lse: (B·H, T) float32, in base 2."""
-    b, m, h0, i0, h, i = _queries(M, N, BLOCK_M, HEADS)
-    first, inner, diagonal, last = _keys_of(i0, b, starts, T, BLOCK_M // HEADS, BLOCK_N)
+    """Online softmax; one program a tile of queries. lse: (B·H, T) float32, in base 2."""
+    b, h, m, i0 = _tile(M, N, BLOCK_M)
+    i = i0 + tl.arange(0, BLOCK_M)
+    first, inner, diagonal, last = _keys_of(i0, b, starts, T, BLOCK_M, BLOCK_N)
     start = tl.load(starts + b * T + i, mask=i < T, other=0)
-    q_tile = q.load([b, h0, i0, 0]).reshape(BLOCK_M, BLOCK_D)
+    q_tile = q.load([b, h, i0, 0]).reshape(BLOCK_M, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -96,18 +93,19 @@ def forward(
 def backward_queries(
     q, k, v, s, starts, out, lse, do, delta, dq,
     T, stride, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """As `forward`: dq, and delta = Σ_d do·out (B·H, T) float32 for `backward_keys`."""
-    b, m, h0, i0, h, i = _queries(M, N, BLOCK_M, HEADS)
-    first, inner, diagonal, last = _keys_of(i0, b, starts, T, BLOCK_M // HEADS, BLOCK_N)
+    b, h, m, i0 = _tile(M, N, BLOCK_M)
+    i = i0 + tl.arange(0, BLOCK_M)
+    first, inner, diagonal, last = _keys_of(i0, b, starts, T, BLOCK_M, BLOCK_N)
     start = tl.load(starts + b * T + i, mask=i < T, other=0)
     at, here = _places(b, h, i, T, M * N, D, BLOCK_D)
     out_tile = tl.load(out + at, mask=here, other=0.0)
     row = (b * M * N + h).to(tl.int64) * stride + i
     lse_i = tl.load(lse + row, mask=i < T, other=float("inf"))
-    q_tile = q.load([b, h0, i0, 0]).reshape(BLOCK_M, BLOCK_D)
-    do_tile = do.load([b, h0, i0, 0]).reshape(BLOCK_M, BLOCK_D)
+    q_tile = q.load([b, h, i0, 0]).reshape(BLOCK_M, BLOCK_D)
+    do_tile = do.load([b, h, i0, 0]).reshape(BLOCK_M, BLOCK_D)
     delta_i = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     tl.store(delta + row, delta_i, mask=i < T)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -130,7 +128,7 @@ def backward_queries(
 def backward_keys(
     q, k, v, s, ends, lse, do, delta, dk, dv, db,
     T, stride, scale, M, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEADS: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of keys and head of keys: dk, dv (B, T, M, D) and db (B·M, T) float32, each written once.
 
