@@ -11,7 +11,9 @@ parameter, medians over layers. A few minutes on two CPU cores.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,8 +43,9 @@ class Rounded(torch.autograd.Function):
         return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32), None
 
 
-def gradients(model: torch.nn.Module, ids: torch.Tensor, kind: str | None) -> dict[str, torch.Tensor]:
-    """Of all parameters by name; in float32 throughout where ``kind`` is None."""
+@contextlib.contextmanager
+def stream(kind: str | None) -> Iterator[None]:
+    """Where the model is called under autocast, with a gradient of the stream of one of KINDS; None: no autocast."""
     plain = modeling_doge.add_norm_and_scale
 
     def rounded(x, update, norm, scale):
@@ -52,11 +55,23 @@ def gradients(model: torch.nn.Module, ids: torch.Tensor, kind: str | None) -> di
     modeling_doge.add_norm_and_scale = plain if kind in (None, "float32") else rounded
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=kind is not None):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            yield
     finally:
         modeling_doge.add_norm_and_scale = plain
+
+
+def gradients(model: torch.nn.Module, ids: torch.Tensor, kind: str | None) -> dict[str, torch.Tensor]:
+    """Of all parameters by name; in float32 throughout where ``kind`` is None."""
+    with stream(kind):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def text() -> torch.Tensor:
+    """The standard library's sources as bytes."""
+    files = sorted(Path(os.__file__).parent.glob("*.py"))
+    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8).long()
 
 
 def points_of(args: Any) -> list[Point]:
@@ -68,8 +83,7 @@ def measure(point: Point) -> list[Row]:
     torch.manual_seed(0)
     config = config_for("20m", vocab_size=256, num_hidden_layers=layers)
     model = DogeForCausalLM(config)
-    text = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    data = text()
 
     def batch(rows: int) -> torch.Tensor:
         return torch.stack([data[i : i + 256] for i in torch.randint(len(data) - 256, (rows,))])

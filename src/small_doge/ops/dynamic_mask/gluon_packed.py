@@ -312,7 +312,7 @@ def _buffers(n: gl.constexpr, block):
 
 @gluon.jit
 def _all_barriers():
-    """Of q, do, keys (with scores), values, notes; both halves of the computing warps must have read the last three."""
+    """Of q, do, keys (with scores), values and notes, which are free again once the warps of both heads are through."""
     return (
         _barriers(2, 1), _barriers(2, 1), _barriers(4, 1),
         _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(STAGES, 1), _barriers(STAGES, 2),

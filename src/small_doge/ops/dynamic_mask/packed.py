@@ -61,7 +61,9 @@ def _pairs(q: torch.Tensor, k: torch.Tensor) -> bool:
 
     Gluon is experimental in Triton: only versions for which its kernels were compiled and looked at.
     """
-    if not q.is_cuda or q.dtype == torch.float32 or not 64 < q.shape[3] <= 128 or q.shape[1] // k.shape[1] % 2:
+    if q.dtype == torch.float32 or not 64 < q.shape[3] <= 128 or q.shape[1] // k.shape[1] % 2:
+        return False
+    if not q.is_cuda or not takes_heads(q):
         return False
     import triton
 
