@@ -109,7 +109,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="32,2,2,2048;16,8,4,2048", help="B,H,G,T;…")
+    parser.add_argument("--shapes", default="16,8,4,2048;64,8,4,2048", help="B,H,G,T;…")
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--means", default="100,300,1000,0", help="tokens a document; 0: a row is one")
     parser.add_argument("--rounds", type=int, default=30)
