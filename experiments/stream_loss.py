@@ -96,28 +96,30 @@ def report(rows: list[Row]) -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """The curve of each training, and the held-out text after it."""
+    """The curves with a float32 gradient, and how far from them the others are, in thousandths of a bit."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (curves, ends) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(2, 1))
-    found = last(rows)
-    seeds = list(dict.fromkeys(seed for seed, _ in found))
-    for n, (kind, color) in enumerate(KINDS.items()):
-        for seed in seeds:
-            mine = [x for x in rows if str(x["seed"]) == seed and x["stream_gradient"] == kind]
-            steps = [int(x["step"]) for x in mine]
-            label = kind if seed == seeds[0] else None
-            curves.plot(steps, [float(x["bits_per_byte"]) for x in mine], color=color, lw=1, label=label)
-        ends.plot([int(x) + 0.12 * (n - 1) for x in seeds], [found[x, kind] for x in seeds], "o", color=color)
-    curves.set_xlabel("step")
+    figure, (curves, apart) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    curve: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        curve.setdefault((str(row["seed"]), row["stream_gradient"]), []).append(float(row["bits_per_byte"]))
+    for (seed, kind), mine in curve.items():
+        steps = [EVERY * (n + 1) for n in range(len(mine))]
+        if kind == "float32":
+            curves.plot(steps, mine, color=KINDS[kind], ls="--" if seed == "1" else "-", label=f"float32, bytes {seed}")
+            continue
+        difference = [1000 * (a - b) for a, b in zip(mine, curve[seed, "float32"], strict=True)]
+        label = kind if seed == "1" else None
+        apart.plot(steps, difference, color=KINDS[kind], ls="--" if seed == "1" else "-", label=label)
     curves.set_ylabel("bits a byte, training")
-    curves.legend(title="gradient of the stream", title_fontsize=8, frameon=False, fontsize=8)
-    ends.set_xticks([int(x) for x in seeds], [f"seed {x}" for x in seeds])
-    ends.set_ylabel("bits a byte, held-out text")
-    save(figure, path, "32 layers trained with each gradient of the stream")
+    apart.set_ylabel("thousandths of a bit, from float32")
+    for axes in (curves, apart):
+        axes.set_xlabel("step")
+        axes.legend(title="gradient of the stream", title_fontsize=8, frameon=False, fontsize=8)
+    save(figure, path, "A trained model of 32 layers goes on with each gradient of the stream")
     plt.close(figure)
 
 

@@ -24,8 +24,9 @@ import points  # noqa: E402
 import recall_study  # noqa: E402
 import schedule  # noqa: E402
 import stream_gradient  # noqa: E402
+import stream_loss  # noqa: E402
 
-STUDIES = (against_llama, experts_quality, long_context, recall_study, schedule, stream_gradient)
+STUDIES = (against_llama, experts_quality, long_context, recall_study, schedule, stream_gradient, stream_loss)
 
 
 def measure(point):
