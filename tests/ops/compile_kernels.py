@@ -96,8 +96,8 @@ if __name__ == "__main__":
         of_heads, of_scores = (gl.NVMMASharedLayout(*x) for x in ((128, 16, 4), (0, 32, 2)))
         blocks = dict.fromkeys("q k v out do dq".split(), f"tensordesc<bf16[1, 1, 64, 128],{of_heads!r}>")
         blocks |= {"s": f"tensordesc<fp32[1, 64],{of_scores!r}>", "counter": "*i32"}
-        function = getattr(gluon_packed, name)
-        found["pairs_" + name] = compiled(function, capability, {"N": 2}, 4, 3, maxnreg=168, **blocks)
+        function, (warps, maxnreg) = getattr(gluon_packed, name), PACKED.PAIRS.values()
+        found["pairs_" + name] = compiled(function, capability, {"N": 2}, warps, 3, maxnreg, **blocks)
     for name in ("forward", "backward"):
         constants = {"D": 128, "BLOCK": heads._BLOCK, "HALF": 64} | ({"M": 4} if name == "backward" else {})
         types = dict.fromkeys("qkv dk dv d_scored scorer".split(), "*bf16") | {"eps": "fp32"}

@@ -22,6 +22,8 @@ HOPPER: dict[str, Tiles] = {
     "backward_keys": (64, 64, 4, 2),
 }
 EXACT: Tiles = (32, 32, 4, 1)  # for float32: exact, not fast
+# Kernels of gluon_packed.py: four warps to begin with and, when all twelve are there, registers for them from one pool.
+PAIRS = {"num_warps": 4, "maxnreg": 168}
 
 
 def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
@@ -119,14 +121,15 @@ def _launch_pairs(
 ) -> None:
     """Run a kernel of gluon_packed.py on q, k, v, s, then others in blocks as q, then some as they are."""
     (B, H, T, D), M = q.shape, k.shape[1]
-    tiles = -(-T // 64)
+    rows = 64  # queries of a head, or keys, in a tile
+    tiles = -(-T // rows)
     total = tiles * B * H // 2
     programs = min(total, torch.cuda.get_device_properties(q.device).multi_processor_count)
     run: Any = kernels("dynamic_mask.gluon_packed")
     getattr(run, kernel)[(programs,)](
-        *(_descriptor(x, 64, gluon=True) for x in (q, k, v)), _rows(s, T, 64, gluon=True),
-        *(_descriptor(x, 64, gluon=True) for x in blocks), *pointers, q.new_zeros(1, dtype=torch.int32),
-        T, s.shape[2], D**-0.5 * LOG2_E, M, tiles, total, H // M, num_warps=4, maxnreg=168,
+        *(_descriptor(x, rows, gluon=True) for x in (q, k, v)), _rows(s, T, rows, gluon=True),
+        *(_descriptor(x, rows, gluon=True) for x in blocks), *pointers, q.new_zeros(1, dtype=torch.int32),
+        T, s.shape[2], D**-0.5 * LOG2_E, M, tiles, total, H // M, **PAIRS,
     )  # fmt: skip
 
 
