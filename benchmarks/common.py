@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from small_doge.models import DogeConfig, DogeForCausalLM
+from small_doge.ops.swiglu_products import QUACK
 
 RESULTS = Path(__file__).parent / "results"
 # Okabe and Ito's colours, told apart with every common colour blindness.
@@ -133,6 +134,7 @@ def provenance(device: torch.device) -> Row:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "quack": QUACK,
         "commit": os.environ.get("COMMIT") or git.stdout.strip(),  # a copy on another machine may have no history
         "date": time.strftime("%Y-%m-%d"),
     }

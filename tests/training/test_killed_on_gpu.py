@@ -12,14 +12,15 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-def test_killed_twice_and_resumed_gives_the_curve_of_a_run_that_was_not(prepared, tmp_path):
+@pytest.mark.parametrize(("model", "rows"), [("tiny", 8), ("20m", 32)])  # 20m: through the kernels for large inputs
+def test_killed_twice_and_resumed_gives_the_curve_of_a_run_that_was_not(prepared, tmp_path, model, rows):
     """SIGKILL, which nothing can answer, between two steps, in one, or while a checkpoint is written."""
 
     def start(name):
-        options = {"model": "tiny", "data": prepared / "data", "tokenizer": prepared / "tokenizer", "max_steps": 300}
+        options = {"model": model, "data": prepared / "data", "tokenizer": prepared / "tokenizer", "max_steps": 300}
         options |= {
             "output_dir": tmp_path / name,
-            "per_device_train_batch_size": 8,
+            "per_device_train_batch_size": rows,
             "bf16": True,
             "learning_rate": 3e-3,
         }

@@ -14,8 +14,9 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..ops.product_key import balance, experts, route
 from ..ops.swiglu import swiglu, swiglu_linear
+from ..ops.swiglu_products import can_multiply, swiglu_mlp
 from .configuration_doge import DogeConfig
-from .projections import plain, project_together
+from .projections import better_together, plain, project_together
 
 
 @dataclass
@@ -51,6 +52,8 @@ class DogeMLP(nn.Module):
         return torch.cat([run(chunk) for chunk in x.flatten(0, -2).split(self.chunk_size)]).view_as(x)
 
     def _at_once(self, x: torch.Tensor) -> torch.Tensor:
+        if self._in_products(x):
+            return swiglu_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         gate_up = project_together(x, self.gate_proj, self.up_proj) if self.silu else None
         if gate_up is not None and plain(self.down_proj):
             out, bias = swiglu_linear(gate_up, self.down_proj.weight), self.down_proj.bias
@@ -58,6 +61,13 @@ class DogeMLP(nn.Module):
         if gate_up is not None:
             return self.down_proj(swiglu(gate_up))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    def _in_products(self, x: torch.Tensor) -> bool:
+        """Whether act(gate x) · up x can be left to the matrix products."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not (self.silu and better_together(x, gate, up) and plain(down) and down.bias is None):
+            return False
+        return can_multiply(x, down.out_features, down.in_features)
 
 
 class DogeCDMoE(DogeMLP):

@@ -21,6 +21,7 @@ from ..data.packing import PackedTokens, collate
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..models import DogeForCausalLM
+from ..ops.swiglu_products import lacks_quack
 from .arguments import PretrainArguments
 from .bad_steps import BadSteps
 from .callbacks import BalanceLoss, CompletePrompts, LossSinceLastLog, PrintLog, SaveOnInterrupt
@@ -321,6 +322,8 @@ def _announce(
             f"({epochs:.2f} epochs), about {memory / 2**20:,.0f} MiB on {args.device}",
             flush=True,
         )
+        if args.bf16 and lacks_quack(args.device):
+            print('training is faster on this GPU after `pip install "small-doge[hopper]"`', flush=True)
         w, config = model.config.keep_window_size, model.config
         if row_length >= OUTGROWN * w and not (config.score_lifetime or config.local_window):
             print(
