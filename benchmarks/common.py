@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from small_doge.models import DogeConfig, DogeForCausalLM
-from small_doge.ops.swiglu_products import QUACK
+from small_doge.ops.products import QUACK
 
 RESULTS = Path(__file__).parent / "results"
 # Okabe and Ito's colours, told apart with every common colour blindness.

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from common import RESULTS, Row, milliseconds, provenance, rates, seconds, this_device, write_csv
 
 from small_doge.models import config_for
+from small_doge.ops.products import can_multiply, swiglu_mlp
 from small_doge.ops.swiglu import swiglu_linear
-from small_doge.ops.swiglu_products import can_multiply, swiglu_mlp
 
 
 def with_a_kernel(x, gate, up, down):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from test_heads import compare
+from test_products import compare_added, compare_mlp
 from test_residual import CASES, compare_norms
-from test_swiglu import compare_mlp
 
 from small_doge.models import DogeForCausalLM, config_for, projections
-from small_doge.ops import swiglu_products
+from small_doge.ops import products
 from small_doge.ops.dynamic_mask import (
     FORCE,
     aged,
@@ -168,35 +168,50 @@ def test_norm_and_carry_against_float64(shape, dtype, update, tolerance, compile
         compare_norms(run, shape, dtype, update, tolerance, device="cuda", autocast=autocast)
 
 
-@pytest.mark.skipif(not swiglu_products.HAS_QUACK, reason="needs QuACK's products")
-@pytest.mark.parametrize(("compiled", "autocast"), [(False, False), (True, True)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)])
+needs_quack = pytest.mark.skipif(not products.HAS_QUACK, reason="needs QuACK's products")
+SIZES_OF_PRODUCTS = [((1,), 8, 8), ((3, 5), 16, 24), ((2, 333), 264, 136), ((4, 2048), 1024, 2048)]
+
+
+@needs_quack
 @pytest.mark.parametrize(
-    "shape", [((1,), 8, 8), ((3, 5), 16, 24), ((2, 333), 264, 136), ((4, 2048), 1024, 2048)], ids=str
+    ("compiled", "autocast", "added"), [(False, False, False), (True, True, False), (True, True, True)]
 )
-def test_a_swiglu_in_products_against_float64(shape, dtype, tolerance, compiled, autocast):
-    errors = compare_mlp(*shape, dtype, device="cuda", compiled=compiled, autocast=autocast)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)])
+@pytest.mark.parametrize("shape", SIZES_OF_PRODUCTS, ids=str)
+def test_a_swiglu_in_products_against_float64(shape, dtype, tolerance, compiled, autocast, added):
+    poison()
+    errors = compare_mlp(*shape, dtype, device="cuda", compiled=compiled, autocast=autocast, added=added)
     assert max(errors) < tolerance
 
 
-@pytest.mark.skipif(not swiglu_products.HAS_QUACK, reason="needs QuACK's products")
-def test_a_model_trains_with_its_swiglus_in_products(monkeypatch):
+@needs_quack
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)])
+@pytest.mark.parametrize("shape", SIZES_OF_PRODUCTS, ids=str)
+def test_a_stream_that_a_product_is_added_to_against_float64(shape, dtype, tolerance, compiled):
+    poison()
+    assert max(compare_added(*shape, dtype, device="cuda", compiled=compiled)) < tolerance
+
+
+@needs_quack
+def test_a_model_trains_with_its_layers_in_products(monkeypatch):
     """The same loss and gradients as without the library."""
     config = config_for("20m", num_hidden_layers=2)
     torch.manual_seed(0)
     model = DogeForCausalLM(config).cuda()
     ids = torch.randint(0, config.vocab_size, (2, 2048), device="cuda")
-    found, calls, real = [], [], swiglu_products._forward
-    monkeypatch.setattr(swiglu_products, "_forward", lambda *x: calls.append(len(found)) or real(*x))
+    found, calls = [], []
+    real = products._product
+    monkeypatch.setattr(products, "_product", lambda name: calls.append(name) or real(name))
     for with_library in (True, False):
-        monkeypatch.setattr(swiglu_products, "HAS_QUACK", with_library)
+        monkeypatch.setattr(products, "HAS_QUACK", with_library)
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         grads = torch.autograd.grad(loss, list(model.parameters()))
         found.append([loss.detach(), *(x for x in grads if x.ndim == 2), torch.cat([x.flatten() for x in grads])])
-    assert calls == [0, 0]  # once a layer, the first time
+    assert sorted(calls) == ["added"] * 4 + ["gated"] * 2 + ["gated_backward"] * 2  # and none without
     for got, right in zip(*found, strict=True):
-        assert (got - right).norm() < 2e-2 * right.norm()
+        assert (got - right).norm() <= 2e-2 * right.norm()
 
 
 @pytest.mark.parametrize("T", [1, 2, 17, 127, 128, 129, 1000, 4097])

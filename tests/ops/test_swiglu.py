@@ -1,4 +1,4 @@
-"""The SwiGLU's kernels, in Triton's interpreter, and what surrounds QuACK's products, against float64."""
+"""The SwiGLU's kernels, in Triton's interpreter, against float64."""
 
 import os
 
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from small_doge.ops import swiglu as module
-from small_doge.ops import swiglu_products as products
 from small_doge.ops.swiglu import swiglu, swiglu_linear
 
 
@@ -96,70 +95,3 @@ def test_the_operators_are_what_torch_compile_is_told(monkeypatch):
     monkeypatch.undo()
     (expected,) = torch.autograd.grad(swiglu_linear(gate_up, weight), gate_up, do)
     assert (got - expected).norm() < 1e-6 * expected.norm()
-
-
-# QuACK's products run on a GPU only (test_on_gpu.py): here what they give is computed as it is written down.
-
-
-@products._forward.register_kernel("cpu")
-def _(x, weight):
-    gate_up = x @ weight.T
-    return gate_up, (F.silu(gate_up[:, ::2]) * gate_up[:, 1::2]).contiguous()
-
-
-@products._backward.register_kernel("cpu")
-def _(grad, down, gate_up):
-    gate, up, d_hidden = gate_up[:, ::2], gate_up[:, 1::2], grad @ down
-    s = gate.sigmoid()
-    d_gate, d_up = d_hidden * up * s * (1 + gate * (1 - s)), d_hidden * gate * s
-    return torch.stack((d_gate, d_up), 2).flatten(1), (gate * s * up).contiguous()
-
-
-def compare_mlp(rows, C, width, dtype, device="cpu", compiled=False, autocast=False):
-    """:func:`swiglu_mlp` and its gradients, twice over the same graph; relative errors to float64."""
-    torch.compiler.reset()
-    g = torch.Generator().manual_seed(C + width)
-    shapes = ((*rows, C), (width, C), (width, C), (C, width), (*rows, C))
-    made = [torch.randn(shape, generator=g, dtype=torch.float64) / shape[-1] ** 0.5 for shape in shapes]
-    own = torch.float32 if autocast else dtype
-    made = [x.to(dtype).to(own if i in (1, 2, 3) else dtype).to(device) for i, x in enumerate(made)]
-    exact = [x.double() for x in made]
-    leaves, exact_leaves = ([x.requires_grad_() for x in y[:4]] for y in (made, exact))
-    run = torch.compile(products.swiglu_mlp, backend="inductor", fullgraph=True) if compiled else products.swiglu_mlp
-    with torch.autocast(device, dtype, enabled=autocast):
-        out = run(*leaves)
-    x, gate, up, down = exact_leaves
-    expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-    found = [out, *torch.autograd.grad(out, leaves, made[4], retain_graph=True)]
-    again = torch.autograd.grad(out, leaves, made[4])
-    assert all(torch.equal(a, b) for a, b in zip(found[1:], again, strict=True))
-    right = (expected, *torch.autograd.grad(expected, exact_leaves, exact[4]))
-    assert [x.dtype for x in found] == [dtype, dtype, own, own, own]
-    assert [x.shape for x in found] == [x.shape for x in right]
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, right, strict=True)]
-
-
-@pytest.mark.parametrize(("compiled", "autocast"), [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("shape", [((1,), 8, 8), ((3, 5), 16, 24)])
-def test_a_swiglu_in_products_around_what_the_library_gives(shape, compiled, autocast):
-    dtype = torch.bfloat16 if autocast else torch.float32
-    assert max(compare_mlp(*shape, dtype, compiled=compiled, autocast=autocast)) < (2e-2 if autocast else 1e-6)
-
-
-def test_a_frozen_swiglu_gets_no_gradient_and_asks_for_none():
-    x, gate, up, down = (torch.randn(8, 8, dtype=torch.float64) for _ in range(4))
-    out = products.swiglu_mlp(x.requires_grad_(), gate, up, down)
-    expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-    for got, right in zip(torch.autograd.grad(out.sum(), x), torch.autograd.grad(expected.sum(), x), strict=True):
-        assert torch.allclose(got, right, rtol=1e-12)
-    out = products.swiglu_mlp(x.detach(), gate, up, down.requires_grad_())
-    assert torch.allclose(
-        torch.autograd.grad(out.sum(), down)[0], (F.silu(x @ gate.T) * (x @ up.T)).sum(0).expand(8, 8)
-    )
-
-
-def test_the_products_are_what_torch_compile_is_told():
-    x, weight, down = (torch.randn(8, 8) for _ in range(3))
-    told = ("test_schema", "test_faketensor")
-    torch.library.opcheck(products._forward, (x, weight), test_utils=told)
-    torch.library.opcheck(products._backward, (x, down[:, :4], x @ weight.T), test_utils=told)

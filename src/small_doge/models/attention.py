@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..ops.dynamic_mask import aged, dynamic_mask_attention
 from ..ops.heads import can_project_heads, projected_heads
+from ..ops.residual import add_product
 from .cache import DynamicMaskCache
 from .configuration_doge import DogeConfig
 from .masks import Visibility
@@ -85,8 +86,10 @@ class DogeAttention(nn.Module):
         visible: Visibility | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        into: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, C) → (B, T, C) and, if asked for, the weights (B, H, T, Tk).
+        """(B, T, C) → (B, T, C) and, if asked for, the weights (B, H, T, Tk). The first is added to ``into``, a stream
+        held and its scale, which is for layers to decide.
 
         A cache holds keys rotated where their angles are fixed. Where they change as the text grows it holds them
         unrotated; a ``DynamicMaskCache`` then takes the ``positions`` (B or 1, T) of the new ones and has all rotated
@@ -121,4 +124,5 @@ class DogeAttention(nn.Module):
                 **visible._asdict(),
                 **options,
             )
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1)), weights
+        out = out.transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(out) if into is None else add_product(*into, out, self.o_proj.weight), weights

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 )
 
 from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
+from ..ops.products import can_multiply
 from ..ops.residual import add_update, can_norm_and_carry, norm_and_carry
 from .attention import DogeAttention, DogeRMSNorm
 from .cache import DynamicMaskCache
@@ -30,7 +31,7 @@ from .configuration_doge import DogeConfig
 from .generation import DogeGenerationMixin
 from .masks import visibility
 from .moe import DogeCDMoE, DogeMLP, DogeMoEModelOutput
-from .projections import plain
+from .projections import listened_to, plain
 from .rotary import rotary_angles, text_length
 
 
@@ -59,6 +60,11 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         ``counted`` and ``balanced`` are those of :class:`DogeCDMoE`, the rest is for :class:`DogeAttention`. All that
         a layer finds out is returned, not kept: with gradient checkpointing it runs twice.
         """
+        if self._adds_in_products(hidden_states):
+            normed, held = hold(hidden_states, self.input_layernorm, self.input_residual)
+            hidden_states, weights = self.self_attn(normed, into=(held, self.input_residual), **kwargs)
+            normed, held = hold(hidden_states, self.post_attention_layernorm, self.post_attention_residual)
+            return self.mlp(normed, (held, self.post_attention_residual)), weights, None, None
         normed, carried = add_norm_and_scale(hidden_states, None, self.input_layernorm, self.input_residual)
         attended, weights = self.self_attn(normed, **kwargs)
         attended = F.dropout(attended, p=self.hidden_dropout, training=self.training)
@@ -76,6 +82,28 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         else:
             hidden_states = (carried + transformed).to(hidden_states.dtype)
         return hidden_states, weights, router_logits, loss
+
+    def _adds_in_products(self, x: torch.Tensor) -> bool:
+        """Whether attention and SwiGLU can leave it to their last products to add to the stream x, in float32."""
+        attention, mlp = self.self_attn, self.mlp
+        if x.dtype != torch.float32 or type(mlp) is not DogeMLP or mlp.chunk_size or not mlp.in_products(x):
+            return False
+        last = attention.o_proj
+        if not plain(last) or last.bias is not None or not can_multiply(x, last.in_features, last.out_features):
+            return False
+        if (self.training and self.hidden_dropout) or listened_to(attention) or listened_to(mlp):
+            return False
+        norms = (
+            (self.input_layernorm, self.input_residual),
+            (self.post_attention_layernorm, self.post_attention_residual),
+        )
+        return all(norms_in_kernel(x, *norm) for norm in norms)
+
+
+def hold(x: torch.Tensor, norm: DogeRMSNorm, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(…, C) each: ``norm`` of x, and x, which the last product of a part is to scale and to be added to."""
+    assert norm.eps is not None
+    return norm_and_carry(x, None, norm.weight, scale, norm.eps, hold=True)
 
 
 def norms_in_kernel(x: torch.Tensor, norm: DogeRMSNorm, scale: torch.Tensor) -> bool:

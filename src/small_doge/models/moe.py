@@ -13,8 +13,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..ops.product_key import balance, experts, route
-from ..ops.swiglu import swiglu, swiglu_linear
-from ..ops.swiglu_products import can_multiply, swiglu_mlp
+from ..ops.products import can_multiply
+from ..ops.swiglu import swiglu, swiglu_linear, swiglu_mlp
 from .configuration_doge import DogeConfig
 from .projections import better_together, plain, project_together
 
@@ -42,8 +42,10 @@ class DogeMLP(nn.Module):
         self.silu = config.hidden_act in ("silu", "swish")
         self.chunk_size = config.chunk_size_feed_forward
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, C) → (…, C)."""
+    def forward(self, x: torch.Tensor, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """(…, C) → (…, C); added to ``into``, a stream held and its scale, which is for layers to decide."""
+        if into is not None:
+            return swiglu_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, *into)
         if not 0 < self.chunk_size < x.shape[:-1].numel():
             return self._at_once(x)
         run: Callable[[torch.Tensor], torch.Tensor] = self._at_once
@@ -52,7 +54,7 @@ class DogeMLP(nn.Module):
         return torch.cat([run(chunk) for chunk in x.flatten(0, -2).split(self.chunk_size)]).view_as(x)
 
     def _at_once(self, x: torch.Tensor) -> torch.Tensor:
-        if self._in_products(x):
+        if self.in_products(x):
             return swiglu_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         gate_up = project_together(x, self.gate_proj, self.up_proj) if self.silu else None
         if gate_up is not None and plain(self.down_proj):
@@ -62,7 +64,7 @@ class DogeMLP(nn.Module):
             return self.down_proj(swiglu(gate_up))
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
-    def _in_products(self, x: torch.Tensor) -> bool:
+    def in_products(self, x: torch.Tensor) -> bool:
         """Whether act(gate x) · up x can be left to the matrix products."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if not (self.silu and better_together(x, gate, up) and plain(down) and down.bias is None):

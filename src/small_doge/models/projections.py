@@ -41,5 +41,9 @@ def joined(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether its weight can be used in its place: nothing stands for the layer or its weight, or listens to it."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is kind and not hooks and type(layer.weight) in (nn.Parameter, torch.Tensor)
+    return type(layer) is kind and not listened_to(layer) and type(layer.weight) in (nn.Parameter, torch.Tensor)
+
+
+def listened_to(layer: nn.Module) -> bool:
+    """Whether a hook wants to know what goes into the layer or comes out of it."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .gpu import kernels, usable
+from .products import added_product
 
 
 def can_norm_and_carry(x: torch.Tensor, *weights: torch.Tensor) -> bool:
@@ -18,9 +19,16 @@ def can_norm_and_carry(x: torch.Tensor, *weights: torch.Tensor) -> bool:
 
 
 def norm_and_carry(
-    x: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor, eps: float
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    hold: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of y = x + update, RMSNorm(y) · weight (arXiv:1910.07467) and what the stream carries on, scale · y.
+
+    With ``hold`` the second is y, though with the gradient of scale · y: for :func:`add_product`, which multiplies.
 
     The forward pass is left to torch.compile. Backward, one kernel reads y and both gradients once and writes the
     gradient of y, and those of weight and scale. The stream's gradient is in the dtype of the norm's output: under
@@ -36,7 +44,7 @@ def norm_and_carry(
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _NormAndCarry.apply(x, update, weight, scale, eps, dtype)
+    return _NormAndCarry.apply(x, update, weight, scale, eps, dtype, hold)
 
 
 def add_update(x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
@@ -45,6 +53,39 @@ def add_update(x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     Where two layers meet, torch.compile then has nothing to cast, and nothing to copy.
     """
     return x + update if x.dtype == update.dtype else _AddUpdate.apply(x, update)
+
+
+def add_product(held: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """scale · held + x weightᵀ, where :func:`norm_and_carry` holds y and gives scale its gradient.
+
+    The product of products.py (which says where it runs) adds in float32. The gradient is in the dtype of x.
+
+    Args:
+        held: (…, C) float32.
+        scale: (C,) float32.
+        x: (…, I) of 16 bits.
+        weight: (C, I), of any dtype.
+
+    Returns:
+        (…, C) float32.
+    """
+    return _AddProduct.apply(held, scale, x, weight.to(x.dtype))
+
+
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, held: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return added_product(held.flatten(0, -2), scale, x.flatten(0, -2), weight).view_as(held)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad, needs = grads[0].to(x.dtype), ctx.needs_input_grad
+        d_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if needs[3] else None
+        return grad.to(grads[0].dtype), None, grad @ weight if needs[2] else None, d_weight
 
 
 class _AddUpdate(torch.autograd.Function):
@@ -71,13 +112,14 @@ class _NormAndCarry(torch.autograd.Function):
         scale: torch.Tensor,
         eps: float,
         dtype: torch.dtype,
+        hold: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         y = x if update is None else (x + update).to(x.dtype)
         ctx.save_for_backward(y, weight, scale)
         ctx.eps, ctx.dtypes = eps, (x.dtype, None if update is None else update.dtype)
         normed = F.rms_norm(y, weight.shape, weight, eps)
         # `to` the same dtype is the same tensor, whose gradient torch.compile of PyTorch 2.11 then leaves out
-        return normed if normed.dtype == dtype else normed.to(dtype), scale * y
+        return normed if normed.dtype == dtype else normed.to(dtype), y.view_as(y) if hold else scale * y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -85,7 +127,7 @@ class _NormAndCarry(torch.autograd.Function):
         dy, sums = _backward(d_normed, d_carried.to(d_normed.dtype), y, weight, scale, ctx.eps)
         d_x, d_update = (None if dtype is None else dy.to(dtype) for dtype in ctx.dtypes)
         d_weight, d_scale = sums.to(weight.dtype)
-        return d_x, d_update, d_weight, d_scale, None, None
+        return d_x, d_update, d_weight, d_scale, None, None, None
 
 
 @torch.library.custom_op("small_doge::norm_and_carry_backward", mutates_args=())

@@ -1,4 +1,4 @@
-"""silu(gate) · up, of gates and ups that one matrix product put side by side."""
+"""SwiGLU: silu(gate) · up, of gates and ups that one matrix product put side by side, or whole with its products."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .gpu import kernels, usable
+from .products import added_product, gated_product, gated_product_backward
 
 _BLOCK = 1024
 
@@ -54,6 +55,62 @@ class _SwigluLinear(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return gate_up_grad, None
         return gate_up_grad, grads[0].flatten(0, -2).T @ hidden.flatten(0, -2)
+
+
+def swiglu_mlp(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    held: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """down (silu(gate x) · up x), by the products of products.py (which says where they run), in the dtype of x or,
+    where it is on, of autocast; with ``held`` and ``scale`` added to scale · held, as by :func:`.residual.add_product`.
+
+    silu(gate x) · up x is computed from gates and ups in float32. Only x, gates and ups wait for the backward pass.
+
+    Args:
+        x: (…, C), 16 bits with autocast or without.
+        gate, up: (I, C).
+        down: (C, I).
+        held: (…, C) and scale (C,), float32.
+
+    Returns:
+        (…, C).
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    gate_up = torch.stack((gate, up), 1).flatten(0, 1)  # a tile has gates and ups of the same units
+    return _SwigluMLP.apply(x.to(dtype), gate_up.to(dtype), down.to(dtype), held, scale)
+
+
+class _SwigluMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        down: torch.Tensor,
+        held: torch.Tensor | None,
+        scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        gate_up, hidden = gated_product(x.flatten(0, -2), weight)
+        ctx.save_for_backward(x, weight, down, gate_up)
+        ctx.held = None if held is None else held.dtype
+        if held is None or scale is None:
+            return (hidden @ down.T).view(*x.shape[:-1], -1)
+        return added_product(held.flatten(0, -2), scale, hidden, down).view_as(held)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, down, gate_up = ctx.saved_tensors
+        grad, needs = grads[0].to(x.dtype), ctx.needs_input_grad
+        d_held = None if ctx.held is None else grad.to(ctx.held)
+        grad = grad.flatten(0, -2)
+        d_gate_up, hidden = gated_product_backward(grad, down, gate_up)
+        dx = (d_gate_up @ weight).view_as(x) if needs[0] else None
+        d_weight = d_gate_up.T @ x.flatten(0, -2) if needs[1] else None
+        return dx, d_weight, grad.T @ hidden if needs[2] else None, d_held, None
 
 
 @torch.library.custom_op("small_doge::swiglu", mutates_args=())

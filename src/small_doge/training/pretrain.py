@@ -21,7 +21,7 @@ from ..data.packing import PackedTokens, collate
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
 from ..models import DogeForCausalLM
-from ..ops.swiglu_products import lacks_quack
+from ..ops.products import lacks_quack
 from .arguments import PretrainArguments
 from .bad_steps import BadSteps
 from .callbacks import BalanceLoss, CompletePrompts, LossSinceLastLog, PrintLog, SaveOnInterrupt

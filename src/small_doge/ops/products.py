@@ -1,0 +1,106 @@
+"""Matrix products of QuACK (https://github.com/Dao-AILab/quack, an extra of this package) that end, on Hopper, in what
+would be read and written once more after them: silu(gate) · up, its gradient, a sum with the residual stream.
+
+While one tile is ended another is multiplied, so that takes hardly any time. What is differentiable lies in
+:func:`small_doge.ops.swiglu.swiglu_mlp` and :func:`small_doge.ops.residual.add_product`.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from .gpu import usable
+
+try:
+    QUACK = version("quack-kernels")
+except PackageNotFoundError:
+    QUACK = ""
+HAS_QUACK = QUACK.startswith("0.6.")  # whose products were measured and tested
+
+# Tiles, and how many programs share a copied one, of what was tried on an H200 (docs/decisions.md): in each, two groups
+# of four warps take turns, one at its products and the other at what follows them.
+_WIDE = {"tile_m": 192, "tile_n": 128, "cluster_m": 1, "cluster_n": 2, "pingpong": True}
+_TILES = {"gated": _WIDE, "gated_backward": _WIDE | {"tile_m": 128}, "added": _WIDE}
+
+
+def can_multiply(x: torch.Tensor, *sizes: int) -> bool:
+    """Whether these products take an x (…, C) of its device and dtype (autocast's if that is on), and such sizes."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    if not (HAS_QUACK and usable(x) and dtype in (torch.bfloat16, torch.float16)):
+        return False
+    return _is_hopper(x.device) and all(size % 8 == 0 for size in sizes)  # it copies from multiples of 16 bytes on
+
+
+def lacks_quack(device: torch.device) -> bool:
+    """Whether training on the device would be faster with QuACK installed."""
+    return not HAS_QUACK and device.type == "cuda" and _is_hopper(device)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def _product(name: str) -> Any:
+    """A product of QuACK's with its tiles; imported when it is called first, as that takes seconds."""
+    from quack.epilogue.frontend import gemm_epilogue
+    from quack.epilogue.library import dgated_mod, linear_act_mod
+    from quack.epilogue.ops import RowVecLoad
+    from quack.gemm_config import GemmConfig
+
+    if name == "gated":
+        product = linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=False, has_colvec=False)
+    elif name == "gated_backward":
+        product = dgated_mod("swiglu", has_scale=False, has_reduce=False)
+    else:
+        product = gemm_epilogue(ops={"scale": RowVecLoad("scale")})(_scaled_and_added)
+    # A counter hands tiles out: programs that share the memory's speed do not stay in step.
+    options = {"config": GemmConfig(**_TILES[name], device_capacity=9), "tuned": False, "dynamic_scheduler": True}
+    return functools.partial(product, **options)
+
+
+def _scaled_and_added(acc, c, scale):
+    return {"D": acc + c * scale}
+
+
+@torch.library.custom_op("small_doge::gated_product", mutates_args=(), device_types="cuda")
+def gated_product(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N, C), weight (2 I, C) → gates and ups in turn (N, 2 I), silu(gate) · up (N, I)."""
+    out = _product("gated")(x.contiguous(), weight.contiguous().T)
+    return out["D"], out["mAuxOut"]
+
+
+@torch.library.custom_op("small_doge::gated_product_backward", mutates_args=(), device_types="cuda")
+def gated_product_backward(
+    grad: torch.Tensor, down: torch.Tensor, gate_up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad (N, C), down (C, I), gate_up (N, 2 I) → the gradient of gate_up, and silu(gate) · up (N, I) again."""
+    out = _product("gated_backward")(grad.contiguous(), down.contiguous(), gate_up)
+    return out["D"], out["mAuxOut"]
+
+
+@torch.library.custom_op("small_doge::added_product", mutates_args=(), device_types="cuda")
+def added_product(y: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """scale · y + x weightᵀ, y (N, C) and scale (C,) in float32, x (N, I), weight (C, I)."""
+    x, weight, y = x.contiguous(), weight.contiguous(), y.contiguous()
+    return _product("added")(x, weight.T, y, scale=scale.contiguous(), out_dtype=y.dtype)["D"]
+
+
+@gated_product.register_fake
+def _(x, weight):
+    gate_up = x.new_empty(x.shape[0], weight.shape[0])
+    return gate_up, x.new_empty(x.shape[0], weight.shape[0] // 2)
+
+
+@gated_product_backward.register_fake
+def _(grad, down, gate_up):
+    return torch.empty_like(gate_up), grad.new_empty(grad.shape[0], down.shape[1])
+
+
+@added_product.register_fake
+def _(y, scale, x, weight):
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
