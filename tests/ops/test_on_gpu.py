@@ -194,6 +194,22 @@ def test_a_stream_that_a_product_is_added_to_against_float64(shape, dtype, toler
 
 
 @needs_quack
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-3), (torch.float16, 6e-4)])
+@pytest.mark.parametrize(("N", "K", "M"), [(1, 8, 8), (15, 24, 16), (999, 264, 136), (8192, 1024, 2048)])
+def test_a_plain_product_against_float64(N, K, M, dtype, tolerance, transposed):
+    poison()
+    g = torch.Generator("cuda").manual_seed(N)
+    a = torch.randn(N, K, generator=g, device="cuda", dtype=torch.float64).to(dtype)
+    b = torch.randn(*((M, K) if transposed else (K, M)), generator=g, device="cuda", dtype=torch.float64).to(dtype)
+    b = b.T if transposed else b
+    out, right = products.product(a, b), a.double() @ b.double()
+    assert out.dtype == dtype
+    assert (out.double() - right).norm() < tolerance * right.norm()
+    assert torch.equal(out, products.product(a, b))
+
+
+@needs_quack
 def test_a_model_trains_with_its_layers_in_products(monkeypatch):
     """The same loss and gradients as without the library."""
     config = config_for("20m", num_hidden_layers=2)
@@ -201,8 +217,8 @@ def test_a_model_trains_with_its_layers_in_products(monkeypatch):
     model = DogeForCausalLM(config).cuda()
     ids = torch.randint(0, config.vocab_size, (2, 2048), device="cuda")
     found, calls = [], []
-    real = products._product
-    monkeypatch.setattr(products, "_product", lambda name: calls.append(name) or real(name))
+    real = products._quack
+    monkeypatch.setattr(products, "_quack", lambda name: calls.append(name) or real(name))
     for with_library in (True, False):
         monkeypatch.setattr(products, "HAS_QUACK", with_library)
         with torch.autocast("cuda", torch.bfloat16):

@@ -26,6 +26,9 @@ def _(grad, down, gate_up):
     return torch.stack((d_gate, d_up), 2).flatten(1), (gate * s * up).contiguous()
 
 
+products.product.register_kernel("cpu", lambda a, b: a @ b)
+
+
 @products.added_product.register_kernel("cpu")
 def _(y, scale, x, weight):
     return scale * y + (x @ weight.T).to(y.dtype)
@@ -134,6 +137,7 @@ def test_the_products_are_what_torch_compile_is_told():
     torch.library.opcheck(products.gated_product, (x, weight), test_utils=told)
     torch.library.opcheck(products.gated_product_backward, (x, down[:, :4], x @ weight.T), test_utils=told)
     torch.library.opcheck(products.added_product, (x, weight[0], x, weight), test_utils=told)
+    torch.library.opcheck(products.product, (x, weight.T), test_utils=told)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

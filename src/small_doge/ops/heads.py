@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .gpu import kernels, usable
+from .products import multiply
 
 _BLOCK, _WARPS = 16, 4  # tokens and warps of a program
 
@@ -71,7 +72,7 @@ class _ProjectedHeads(torch.autograd.Function):
         H: int,
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        qkv = F.linear(x, weight, bias)
+        qkv = multiply(x.flatten(0, 1), weight.T).view(*x.shape[:2], -1) if bias is None else F.linear(x, weight, bias)
         q, k = _forward(qkv, q_norm, k_norm, cos, sin, H, eps)
         ctx.save_for_backward(x, weight, qkv, q_norm, k_norm, cos, sin, scorer)
         ctx.eps = eps
@@ -88,7 +89,18 @@ class _ProjectedHeads(torch.autograd.Function):
         d_scorer = d_scored.T @ qkv[..., -scorer.shape[1] :].flatten(0, 1) if needs[3] else None
         d_scorer_bias = d_scored.sum(0) if needs[4] else None
         rest = (part.to(norm.dtype) for part, norm in zip(d_norms, norms, strict=True))
-        return d_qkv @ weight, d_weight, d_bias, d_scorer, d_scorer_bias, *rest, None, None, None, None
+        return (
+            multiply(flat, weight).view_as(x),
+            d_weight,
+            d_bias,
+            d_scorer,
+            d_scorer_bias,
+            *rest,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _arguments(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, eps: float) -> tuple[dict[str, Any], int]:

@@ -1,8 +1,8 @@
 """Matrix products of QuACK (https://github.com/Dao-AILab/quack, an extra of this package) that end, on Hopper, in what
 would be read and written once more after them: silu(gate) · up, its gradient, a sum with the residual stream.
 
-While one tile is ended another is multiplied, so that takes hardly any time. What is differentiable lies in
-:func:`small_doge.ops.swiglu.swiglu_mlp` and :func:`small_doge.ops.residual.add_product`.
+While one tile is ended another is multiplied, so that takes hardly any time. Nothing here is differentiable: that are
+:func:`small_doge.ops.swiglu.swiglu_mlp`, :func:`small_doge.ops.residual.add_product` and what calls `multiply`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ HAS_QUACK = QUACK.startswith("0.6.")  # whose products were measured and tested
 # Tiles, and how many programs share a copied one, of what was tried on an H200 (docs/decisions.md): in each, two groups
 # of four warps take turns, one at its products and the other at what follows them.
 _WIDE = {"tile_m": 192, "tile_n": 128, "cluster_m": 1, "cluster_n": 2, "pingpong": True}
-_TILES = {"gated": _WIDE, "gated_backward": _WIDE | {"tile_m": 128}, "added": _WIDE}
+_TILES = {"gated": _WIDE, "gated_backward": _WIDE | {"tile_m": 128}, "added": _WIDE, "plain": _WIDE}
+_FASTER_FROM = (
+    1024  # rows and columns of a weight: there a plain product was faster too; smaller ones were not measured
+)
 
 
 def can_multiply(x: torch.Tensor, *sizes: int) -> bool:
@@ -45,32 +48,49 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 @functools.cache
-def _product(name: str) -> Any:
-    """A product of QuACK's with its tiles; imported when it is called first, as that takes seconds."""
+def _quack(name: str) -> Any:
+    """A product of QuACK's with its tiles, imported when the first is called, as that takes seconds."""
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.library import dgated_mod, linear_act_mod
     from quack.epilogue.ops import RowVecLoad
     from quack.gemm_config import GemmConfig
 
     if name == "gated":
-        product = linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=False, has_colvec=False)
+        made = linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=False, has_colvec=False)
     elif name == "gated_backward":
-        product = dgated_mod("swiglu", has_scale=False, has_reduce=False)
-    else:
-        product = gemm_epilogue(ops={"scale": RowVecLoad("scale")})(_scaled_and_added)
+        made = dgated_mod("swiglu", has_scale=False, has_reduce=False)
+    elif name == "added":
+        made = gemm_epilogue(ops={"scale": RowVecLoad("scale")})(_scaled_and_added)
+    else:  # plain
+        made = gemm_epilogue()(_as_it_is)
     # A counter hands tiles out: programs that share the memory's speed do not stay in step.
     options = {"config": GemmConfig(**_TILES[name], device_capacity=9), "tuned": False, "dynamic_scheduler": True}
-    return functools.partial(product, **options)
+    return functools.partial(made, **options)
 
 
 def _scaled_and_added(acc, c, scale):
     return {"D": acc + c * scale}
 
 
+def _as_it_is(acc):
+    return {"D": acc}
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, a (N, K), b (K, M), by whichever product is faster."""
+    return product(a, b) if min(b.shape) >= _FASTER_FROM and can_multiply(a, *b.shape) else a @ b
+
+
+@torch.library.custom_op("small_doge::product", mutates_args=(), device_types="cuda")
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, a (N, K), b (K, M)."""
+    return _quack("plain")(a.contiguous(), b)["D"]
+
+
 @torch.library.custom_op("small_doge::gated_product", mutates_args=(), device_types="cuda")
 def gated_product(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (N, C), weight (2 I, C) → gates and ups in turn (N, 2 I), silu(gate) · up (N, I)."""
-    out = _product("gated")(x.contiguous(), weight.contiguous().T)
+    out = _quack("gated")(x.contiguous(), weight.contiguous().T)
     return out["D"], out["mAuxOut"]
 
 
@@ -79,7 +99,7 @@ def gated_product_backward(
     grad: torch.Tensor, down: torch.Tensor, gate_up: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """grad (N, C), down (C, I), gate_up (N, 2 I) → the gradient of gate_up, and silu(gate) · up (N, I) again."""
-    out = _product("gated_backward")(grad.contiguous(), down.contiguous(), gate_up)
+    out = _quack("gated_backward")(grad.contiguous(), down.contiguous(), gate_up)
     return out["D"], out["mAuxOut"]
 
 
@@ -87,7 +107,12 @@ def gated_product_backward(
 def added_product(y: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """scale · y + x weightᵀ, y (N, C) and scale (C,) in float32, x (N, I), weight (C, I)."""
     x, weight, y = x.contiguous(), weight.contiguous(), y.contiguous()
-    return _product("added")(x, weight.T, y, scale=scale.contiguous(), out_dtype=y.dtype)["D"]
+    return _quack("added")(x, weight.T, y, scale=scale.contiguous(), out_dtype=y.dtype)["D"]
+
+
+@product.register_fake
+def _(a, b):
+    return a.new_empty(a.shape[0], b.shape[1])
 
 
 @gated_product.register_fake

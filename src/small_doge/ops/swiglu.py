@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .gpu import kernels, usable
-from .products import added_product, gated_product, gated_product_backward
+from .products import added_product, gated_product, gated_product_backward, multiply
 
 _BLOCK = 1024
 
@@ -108,7 +108,7 @@ class _SwigluMLP(torch.autograd.Function):
         d_held = None if ctx.held is None else grad.to(ctx.held)
         grad = grad.flatten(0, -2)
         d_gate_up, hidden = gated_product_backward(grad, down, gate_up)
-        dx = (d_gate_up @ weight).view_as(x) if needs[0] else None
+        dx = multiply(d_gate_up, weight).view_as(x) if needs[0] else None
         d_weight = d_gate_up.T @ x.flatten(0, -2) if needs[1] else None
         return dx, d_weight, grad.T @ hidden if needs[2] else None, d_held, None
 
