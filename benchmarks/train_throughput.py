@@ -120,8 +120,9 @@ def floor(config: DogeConfig, parameters: int, seen: float, step: int, micro: in
     """Seconds a token of a dense Doge: its products, and what kernels between them read and write at least.
 
     Of a layer that is the residual stream in float32 and what products read and write in 16 bits, both ways: 24 C and
-    32 C bytes of two norms with their residuals, 10 (H + G) D of rotary q and k, 18 I of the SwiGLU. Logits become
-    their gradient once; AdamW reads and writes 28 bytes a parameter and step, and weights are cast twice a micro-batch.
+    32 C bytes of two norms with their residuals, 10 (H + G) D of rotary q and k, 18 I of the SwiGLU, some of which
+    products can do while they multiply (ops/products.py). Logits become their gradient once; AdamW reads and writes 28
+    bytes a parameter and step, and weights are cast twice a micro-batch.
 
     Args:
         seen: keys that a token attends to on average.

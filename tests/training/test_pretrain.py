@@ -188,6 +188,13 @@ def test_it_starts_from_a_model_folder(arguments, tmp_path):
     assert windows == [(16, 4, 24), (8, 4, 24)]
 
 
+def test_a_gpu_for_which_there_are_faster_products_is_told_of(arguments, tmp_path, capsys, monkeypatch):
+    for lacking in (True, False):
+        monkeypatch.setattr(module, "lacks_quack", lambda device, lacking=lacking: lacking)
+        pretrain(arguments(output_dir=str(tmp_path / str(lacking)), max_steps=1, bf16=True))
+        assert ('`pip install "small-doge[hopper]"`' in capsys.readouterr().out) == lacking
+
+
 def test_rows_that_have_outgrown_the_window_are_told_of(arguments, tmp_path, capsys):
     for field, told in ({}, True), ({"score_lifetime": 32}, False), ({"local_window": 1}, False):
         pretrain(arguments(output_dir=str(tmp_path / str(field)), max_steps=1, keep_window_size=4, **field))

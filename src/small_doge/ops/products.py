@@ -1,8 +1,8 @@
 """Matrix products of QuACK (https://github.com/Dao-AILab/quack, an extra of this package) that end, on Hopper, in what
 would be read and written once more after them: silu(gate) · up, its gradient, a sum with the residual stream.
 
-While one tile is ended another is multiplied, so that takes hardly any time. Nothing here is differentiable: that are
-:func:`small_doge.ops.swiglu.swiglu_mlp`, :func:`small_doge.ops.residual.add_product` and what calls `multiply`.
+While one tile is ended another is multiplied, so that takes hardly any time. Gradients are the business of what calls
+these: :func:`.swiglu.swiglu_mlp`, :func:`.residual.add_product`, :func:`.heads.projected_heads`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ HAS_QUACK = QUACK.startswith("0.6.")  # whose products were measured and tested
 # of four warps take turns, one at its products and the other at what follows them.
 _WIDE = {"tile_m": 192, "tile_n": 128, "cluster_m": 1, "cluster_n": 2, "pingpong": True}
 _TILES = {"gated": _WIDE, "gated_backward": _WIDE | {"tile_m": 128}, "added": _WIDE, "plain": _WIDE}
-_FASTER_FROM = (
-    1024  # rows and columns of a weight: there a plain product was faster too; smaller ones were not measured
-)
+_FASTER_FROM = 1024  # rows and columns of a weight with which a plain product is faster; fewer were not measured
 
 
 def can_multiply(x: torch.Tensor, *sizes: int) -> bool:
