@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import os
@@ -161,3 +162,19 @@ def number(row: Row | None, name: str) -> float:
     """A cell as a number, measured just now or read from a file; NaN where there is none."""
     cell = (row or {}).get(name)
     return float("nan") if cell in (None, "") else float(str(cell))
+
+
+def over_sizes(measure: Callable[..., list[Row]], doc: str | None, output: Path) -> None:
+    """The command of a benchmark of a layer's part: measure(size, rows, rounds, device, rates) for each size."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="20m,60m,160m,320m")
+    parser.add_argument("--rows", type=int, default=64, help="of 2,048 tokens")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=output)
+    args = parser.parse_args()
+    device = this_device()
+    rate, where = rates(device), provenance(device)
+    rows: list[Row] = []
+    for size in args.sizes.split(","):
+        rows += [row | where for row in measure(size, args.rows, args.rounds, device, rate)]
+        write_csv(rows, args.output)  # after every size: a run that is cut short leaves what it had

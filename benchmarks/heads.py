@@ -10,13 +10,11 @@ bytes of what lies between the product and attention, each read or written once,
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, Row, milliseconds, provenance, rates, this_device, write_csv
+from common import RESULTS, Row, milliseconds, over_sizes
 
 from small_doge.models import config_for
 from small_doge.models.rotary import rotary_angles, rotate
@@ -69,20 +67,5 @@ def measure(size: str, rows: int, rounds: int, device: torch.device, rate: tuple
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="20m,60m,160m,320m")
-    parser.add_argument("--rows", type=int, default=64, help="of 2,048 tokens")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=RESULTS / "heads.csv")
-    args = parser.parse_args()
-    device = this_device()
-    rate, where = rates(device), provenance(device)
-    rows: list[Row] = []
-    for size in args.sizes.split(","):
-        rows += [row | where for row in measure(size, args.rows, args.rounds, device, rate)]
-        write_csv(rows, args.output)  # after every size: a run that is cut short leaves what it had
-
-
 if __name__ == "__main__":
-    main()
+    over_sizes(measure, __doc__, RESULTS / "heads.csv")

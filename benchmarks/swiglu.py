@@ -11,18 +11,16 @@ one, and what our kernel reads and writes at that of a large copy (QuACK moves a
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, Row, milliseconds, provenance, rates, seconds, this_device, write_csv
+from common import RESULTS, Row, milliseconds, over_sizes, seconds
 
 from small_doge.models import config_for
-from small_doge.ops.products import can_multiply, swiglu_mlp
-from small_doge.ops.swiglu import swiglu_linear
+from small_doge.ops.products import can_multiply
+from small_doge.ops.swiglu import swiglu_linear, swiglu_mlp
 
 
 def with_a_kernel(x, gate, up, down):
@@ -61,20 +59,5 @@ def measure(size: str, rows: int, rounds: int, device: torch.device, rate: tuple
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="20m,60m,160m,320m")
-    parser.add_argument("--rows", type=int, default=64, help="of 2,048 tokens")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=RESULTS / "swiglu.csv")
-    args = parser.parse_args()
-    device = this_device()
-    rate, where = rates(device), provenance(device)
-    rows: list[Row] = []
-    for size in args.sizes.split(","):
-        rows += [row | where for row in measure(size, args.rows, args.rounds, device, rate)]
-        write_csv(rows, args.output)  # after every size: a run that is cut short leaves what it had
-
-
 if __name__ == "__main__":
-    main()
+    over_sizes(measure, __doc__, RESULTS / "swiglu.csv")
