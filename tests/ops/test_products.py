@@ -163,6 +163,12 @@ def test_a_model_is_the_same_when_products_add_to_its_stream(monkeypatch, checkp
     for got, right in zip(found(), expected, strict=True):
         assert (got - right).norm() <= 1e-4 * right.norm()
     assert len(calls) == (8 if checkpointing else 4)  # twice a layer
+    biased = model.model.layers[1].mlp.gate_proj  # a bias is more than the products can do
+    biased.bias = torch.nn.Parameter(torch.zeros(biased.out_features))
+    calls.clear()
+    found()
+    assert len(calls) == (4 if checkpointing else 2)
+    biased.bias = None
     layer, heard = model.model.layers[0], []
     layer.mlp.register_forward_hook(lambda *x: heard.append(x[2]))  # what a hook hears is what the SwiGLU gives
     calls.clear()

@@ -67,7 +67,9 @@ class DogeMLP(nn.Module):
     def in_products(self, x: torch.Tensor) -> bool:
         """Whether act(gate x) · up x can be left to the matrix products."""
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if not (self.silu and better_together(x, gate, up) and plain(down) and down.bias is None):
+        if not (self.silu and better_together(x, gate, up) and plain(down)):
+            return False
+        if any(layer.bias is not None for layer in (gate, up, down)):
             return False
         return can_multiply(x, down.out_features, down.in_features)
 

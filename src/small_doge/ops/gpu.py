@@ -1,4 +1,4 @@
-"""Where Triton's kernels run."""
+"""Where Triton's kernels run, and in what."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def usable(x: torch.Tensor) -> bool:
     if not (HAS_TRITON and x.is_cuda and torch.version.cuda):
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def dtype_of_products(x: torch.Tensor) -> torch.dtype:
+    """In which x is multiplied: autocast's where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @functools.cache

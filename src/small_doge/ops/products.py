@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .gpu import usable
+from .gpu import dtype_of_products, usable
 
 try:
     QUACK = version("quack-kernels")
@@ -30,8 +30,7 @@ _FASTER_FROM = 1024  # rows and columns of a weight with which a plain product i
 
 def can_multiply(x: torch.Tensor, *sizes: int) -> bool:
     """Whether these products take an x (…, C) of its device and dtype (autocast's if that is on), and such sizes."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    if not (HAS_QUACK and usable(x) and dtype in (torch.bfloat16, torch.float16)):
+    if not (HAS_QUACK and usable(x) and dtype_of_products(x) in (torch.bfloat16, torch.float16)):
         return False
     return _is_hopper(x.device) and all(size % 8 == 0 for size in sizes)  # it copies from multiples of 16 bytes on
 
@@ -61,7 +60,7 @@ def _quack(name: str) -> Any:
         made = gemm_epilogue(ops={"scale": RowVecLoad("scale")})(_scaled_and_added)
     else:  # plain
         made = gemm_epilogue()(_as_it_is)
-    # A counter hands tiles out: programs that share the memory's speed do not stay in step.
+    # A counter hands tiles out: mostly faster, never by much slower (docs/decisions.md).
     options = {"config": GemmConfig(**_TILES[name], device_capacity=9), "tuned": False, "dynamic_scheduler": True}
     return functools.partial(made, **options)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .gpu import kernels, usable
+from .gpu import dtype_of_products, kernels, usable
 from .products import added_product
 
 
@@ -42,9 +42,7 @@ def norm_and_carry(
     Returns:
         RMSNorm in the dtype of autocast where that is on, else in that of x, and the stream in that of x.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _NormAndCarry.apply(x, update, weight, scale, eps, dtype, hold)
+    return _NormAndCarry.apply(x, update, weight, scale, eps, dtype_of_products(x), hold)
 
 
 def add_update(x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .gpu import kernels, usable
+from .gpu import dtype_of_products, kernels, usable
 from .products import added_product, gated_product, gated_product_backward, multiply
 
 _BLOCK = 1024
@@ -79,7 +79,7 @@ def swiglu_mlp(
     Returns:
         (…, C).
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = dtype_of_products(x)
     gate_up = torch.stack((gate, up), 1).flatten(0, 1)  # a tile has gates and ups of the same units
     return _SwigluMLP.apply(x.to(dtype), gate_up.to(dtype), down.to(dtype), held, scale)
 

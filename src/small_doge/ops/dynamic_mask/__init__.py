@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..gpu import usable
+from ..gpu import dtype_of_products, usable
 from .chunked import chunked
 from .decode import decode
 from .folded import folded
@@ -150,7 +150,7 @@ def choose_path(
         return "reference", f"few queries: {Tq} of {fits}"
     described = padded or packed
     # In float32 our kernels are exact, and slower than matrix products of PyTorch's.
-    if (Tk > window or described) and not _no_kernels(q, k, dropout_p) and _dtype(q) != torch.float32:
+    if (Tk > window or described) and not _no_kernels(q, k, dropout_p) and dtype_of_products(q) != torch.float32:
         if Tk <= window and not padded and takes_heads(q):
             return "packed", f"documents, and no key can drop out: {fits}"
         return "sparse", f"{'keys drop out' if Tk > window else 'padding or documents'}: {fits}"
@@ -194,16 +194,11 @@ def _no_kernels(q: torch.Tensor, k: torch.Tensor, dropout_p: float) -> str | Non
     """Why the kernels of `packed` and `sparse` cannot compute a call, or None if they can."""
     if not usable(q):
         return "the kernels need Triton and an NVIDIA GPU of compute capability 8.0 or more"
-    if _dtype(q) not in DTYPES or q.shape[3] > LARGEST_HEAD:
+    if dtype_of_products(q) not in DTYPES or q.shape[3] > LARGEST_HEAD:
         return f"the kernels take 16 and 32 bit floats and heads up to {LARGEST_HEAD}"
     if q.shape[2] != k.shape[2] or dropout_p:
         return "the kernels take as many queries as keys, and no dropout"
     return None
-
-
-def _dtype(q: torch.Tensor) -> torch.dtype:
-    """What q is computed in."""
-    return torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
 
 
 def _check(
