@@ -1,6 +1,6 @@
 """The curves of pretraining runs: loss, learning rate and speed against tokens, as one CSV and one picture.
 
-python experiments/pretrain_20m.py --runs Doge=runs/doge-20m/pretrain     # writes pretrain_20m.csv and .png
+python experiments/pretrain_20m.py --runs NAME=runs/doge-20m/pretrain     # writes pretrain_20m.csv and .png
 python experiments/pretrain_20m.py                                        # draws the picture from the CSV again
 """
 
@@ -40,7 +40,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     figure, (loss, rate, speed) = plt.subplots(
         3, 1, figsize=(7.5, 7), sharex=True, layout="constrained", height_ratios=(3, 1, 1)
     )
-    for color, name in zip(COLORS, dict.fromkeys(row["run"] for row in rows), strict=False):
+    for i, (color, name) in enumerate(zip(COLORS, dict.fromkeys(row["run"] for row in rows), strict=False)):
         mine = [row for row in rows if row["run"] == name]
 
         def curve(axes, field: str, style: str, label: str | None = None, mine=mine, color=color) -> None:
@@ -54,7 +54,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         final = [row for row in mine if row["eval_loss"]][-1]
         text = f"{float(final['eval_loss']):.3f} = {float(final['eval_bits_per_byte']):.3f} bits per byte"
         at = (float(final["tokens"]) / 1e6, float(final["eval_loss"]))
-        loss.annotate(text, at, (-8, 14), textcoords="offset points", ha="right", fontsize=8, color=color)
+        loss.annotate(text, at, (-8, 26 - 12 * i), textcoords="offset points", ha="right", fontsize=8, color=color)
     loss.set_ylim(3.4, 6)
     loss.set_ylabel("loss, nats a token")
     loss.legend(frameon=False, fontsize=8)
