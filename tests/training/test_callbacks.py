@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import together
+from transformers import TrainerState
 
 from small_doge import recipe
 from small_doge.data.packing import PackedTokens
 from small_doge.models import DogeForCausalLM, config_for
+from small_doge.training import callbacks
 from small_doge.training import pretrain as module
 from small_doge.training.callbacks import BalanceLoss
 from small_doge.training.pretrain import PretrainArguments, pretrain
@@ -145,3 +147,20 @@ def test_two_processes_log_what_one_logs_of_two_micro_batches(arguments, experts
     for one, two in zip(alone, lines(tmp_path / "two"), strict=True):
         for name in ("loss", "balance_loss", "bits_per_byte"):
             assert two[name] == pytest.approx(one[name], rel=1e-4)
+
+
+def test_the_time_left_is_not_that_of_compilation(monkeypatch, capsys):
+    """A clock of our own: the first step takes 40 s, every other 2."""
+    now = 0.0
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now)
+    log = {"loss": 1.0, "bits_per_byte": 1.0, "learning_rate": 1e-3, "tokens_per_second": 1.0}
+    for begun, expected in ((0, ["1 h 6 min", "3 min 4 s", "1 min 4 s"]), (60, ["26 min 0 s", "1 min 4 s"])):
+        state, printing = TrainerState(global_step=begun, max_steps=100), callbacks.PrintLog()
+        printing.on_train_begin(None, state, None)
+        for state.global_step in range(begun + 1, 69):
+            now += 40.0 if state.global_step == begun + 1 else 2.0
+            printing.on_step_end(None, state, None)
+            if state.global_step in (begun + 1, 8, 68):
+                printing.on_log(None, state, None, log)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.rsplit("  ", 1)[1] for line in lines] == [f"{x} left" for x in expected]

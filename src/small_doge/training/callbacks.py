@@ -141,15 +141,22 @@ class LossSinceLastLog(TrainerCallback, ExportableState):
 
 
 class PrintLog(TrainerCallback):
-    """One readable line a log entry, with the time left."""
+    """One readable line a log entry, with the time left. The first step compiles, and counts until there are more."""
 
     def __init__(self) -> None:
         self._begun = (0, 0.0)
+        self._first_step = 0.0  # seconds
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._begun = (state.global_step, time.perf_counter())
+        self._begun, self._first_step = (state.global_step, time.perf_counter()), 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._first_step:
+            now = time.perf_counter()
+            self._first_step = now - self._begun[1]
+            self._begun = (state.global_step, now)
 
     def on_log(
         self,
@@ -166,8 +173,9 @@ class PrintLog(TrainerCallback):
                 self._begun = (state.global_step, time.perf_counter())
             print(f"  {self.held_out(logs)}", flush=True)
         elif "loss" in logs:
-            first, since = self._begun
-            per_step = (time.perf_counter() - since) / max(1, state.global_step - first)
+            begun, since = self._begun
+            steps = state.global_step - begun
+            per_step = (time.perf_counter() - since) / steps if steps else self._first_step
             parts = [f"step {state.global_step:>6}/{state.max_steps}", f"loss {logs['loss']:.3f}", *self.parts(logs)]
             parts.append(f"{duration(per_step * (state.max_steps - state.global_step))} left")
             print("  ".join(parts), flush=True)
