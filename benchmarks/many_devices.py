@@ -23,7 +23,7 @@ BEGIN, END = "<!-- projection -->\n", "<!-- end of projection -->\n"
 ROW = 2048  # tokens
 STEP = {"20m": 1 << 19, "60m": 1 << 20, "160m": 3 << 19, "320m": 1 << 21}  # tokens of a step, as in the recipes
 STEPS = {"20m": 8_000, "60m": 16_000, "160m": 24_000, "320m": 32_000}
-MICRO_BATCH = {"20m": 64, "60m": 64, "160m": 32, "320m": 16}  # rows, with which the rates were measured
+MICRO_BATCH = 64  # rows, with which the rates were measured
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def project(size: str, parameters: int, rate: float, gpus: int, cluster: Cluster
     # Gradients are float32. All but the last bucket travel while the last micro-batch's backward pass, two thirds of
     # its time, goes on.
     exchange = buckets * all_reduce(4 * parameters / buckets, gpus, cluster) if gpus > 1 else 0.0
-    backward = 2 / 3 * (compute - update) * min(1.0, MICRO_BATCH[size] / rows)
+    backward = 2 / 3 * (compute - update) * min(1.0, MICRO_BATCH / rows)
     exposed = max(exchange / buckets, exchange - backward * (buckets - 1) / buckets)
     step = compute + exposed
     tokens = STEP[size] / step
