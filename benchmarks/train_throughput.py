@@ -51,7 +51,9 @@ from small_doge.training.pretrain import PretrainTrainer, _Run
 OURS, DOGE, LLAMA = "ours", "transformers Doge", "transformers Llama"
 COLORS = {OURS: BLUE, DOGE: GREY, LLAMA: ORANGE}
 TOKENS = {"20m": 1 << 19, "60m": 1 << 20, "160m": 3 << 19, "320m": 1 << 21}  # a step, as in the recipes
-ROWS = {  # micro-batches: of ours what recipes find, of the others the largest tried that fit on 139 GiB
+# Micro-batches: of ours what recipes find, of the others the largest tried. Compiled by layers, Llama would fit with
+# more (320m: 46 of 139 GiB), which was not tried; `--rows` does.
+ROWS = {
     OURS: {"20m": 128, "60m": 64, "160m": 64, "320m": 64},
     DOGE: {"20m": 32, "60m": 16, "160m": 8, "320m": 4},
     LLAMA: {"20m": 64, "60m": 32, "160m": 16, "320m": 16},

@@ -76,8 +76,8 @@ def training_bytes(
     return 16 * parameters + config.num_hidden_layers * tables + tokens + head
 
 
-# So many tokens at once keep a GPU busy, and with more a CPU leaves its caches. A narrow model is done with them before
-# Python has launched the kernels (20M on an H200: 37 ms a micro-batch, 41 of Python), so it sees more.
+# So many tokens at once keep a GPU busy, and with more a CPU leaves its caches. A narrow model, it
+# seems, is done with them before Python has launched its kernels (20M on an H200: 37 ms and 41), so it sees more.
 _ENOUGH = {"cuda": 1 << 17, "cpu": 1 << 11}
 _ENOUGH_ELEMENTS = 1 << 26  # of the residual stream, on a GPU
 _SHARE = 0.9  # of the free memory: the estimate is within 6 % of the peak where it was measured
