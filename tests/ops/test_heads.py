@@ -35,11 +35,11 @@ def case(shape, dtype, bias=False, rows_differ=True):
     return [x if x is None else x.to(dtype) for x in leaves], angles, cotangents
 
 
-def reference(x, weight, bias, q_norm, k_norm, scorer, scorer_bias, angles, H, G):
+def reference(x, weight, bias, q_norm, k_norm, scorer, scorer_bias, angles, H, G, eps=EPS):
     D = q_norm.shape[0]
     parts = F.linear(x, weight, bias).split([H * D, G * D, G * D], -1)
     q, k, v = (y.unflatten(-1, (-1, D)) for y in parts)
-    q, k = (F.rms_norm(y, (D,), w, EPS) for y, w in ((q, q_norm), (k, k_norm)))
+    q, k = (F.rms_norm(y, (D,), w, eps) for y, w in ((q, q_norm), (k, k_norm)))
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     return rotate(q, angles), rotate(k, angles), v, F.linear(parts[2], scorer, scorer_bias)
 
@@ -106,7 +106,9 @@ def test_the_operators_are_what_torch_compile_is_told():
     told = ("test_schema", "test_faketensor")
     qkv = F.linear(x, weight)
     torch.library.opcheck(module._forward, (qkv, *norms, *angles, 4, EPS), test_utils=told)
-    torch.library.opcheck(module._backward, (*cotangents, qkv, *norms, *angles, scorer, EPS), test_utils=told)
+    torch.library.opcheck(module._backward, (*cotangents, qkv, *norms, *angles, scorer, None, EPS), test_utils=told)
+    rstd = torch.rand(x.shape[:2])
+    torch.library.opcheck(module._backward, (*cotangents, qkv, *norms, *angles, scorer, rstd, EPS), test_utils=told)
 
 
 @pytest.mark.parametrize("cached", [False, True])

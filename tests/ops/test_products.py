@@ -4,26 +4,38 @@ what they give is computed as it is written down."""
 import pytest
 import torch
 import torch.nn.functional as F
+from test_heads import case, reference
 from tiny import tiny_doge
 
-from small_doge.models import modeling_doge, moe
+from small_doge.models import attention, modeling_doge, moe
 from small_doge.ops import products
-from small_doge.ops.residual import add_product, norm_and_carry
-from small_doge.ops.swiglu import swiglu_mlp
+from small_doge.ops.heads import heads_of_stream
+from small_doge.ops.residual import Narrow, add_product
+from small_doge.ops.swiglu import swiglu_into_stream, swiglu_mlp
+
+EPS = 1e-3  # large enough to be seen
+
+
+@products.scaled_product.register_kernel("cpu")
+def _(x, rstd, weight):
+    return (rstd[:, None] * (x @ weight.T)).to(x.dtype)
 
 
 @products.gated_product.register_kernel("cpu")
-def _(x, weight):
-    gate_up = x @ weight.T
+def _(x, rstd, weight):
+    gate_up = products.scaled_product(x, rstd, weight)
     return gate_up, (F.silu(gate_up[:, ::2]) * gate_up[:, 1::2]).contiguous()
 
 
 @products.gated_product_backward.register_kernel("cpu")
-def _(grad, down, gate_up):
+def _(grad, down, gate_up, rstd):
     gate, up, d_hidden = gate_up[:, ::2], gate_up[:, 1::2], grad @ down
     s = gate.sigmoid()
     d_gate, d_up = d_hidden * up * s * (1 + gate * (1 - s)), d_hidden * gate * s
-    return torch.stack((d_gate, d_up), 2).flatten(1), (gate * s * up).contiguous()
+    d_gate_up = torch.stack((d_gate, d_up), 2).flatten(1)
+    dots = products._sums_of_rows("gated_backward", grad, down.shape[1]).zero_()
+    dots[:, -1] = (d_gate_up * gate_up).sum(1)
+    return (rstd[:, None] * d_gate_up).to(grad.dtype), dots
 
 
 products.product.register_kernel("cpu", lambda a, b: a @ b)
@@ -31,92 +43,108 @@ products.product.register_kernel("cpu", lambda a, b: a @ b)
 
 @products.added_product.register_kernel("cpu")
 def _(y, scale, x, weight):
-    return scale * y + (x @ weight.T).to(y.dtype)
+    z = scale * y + (x @ weight.T).to(y.dtype)
+    squares = products._sums_of_rows("added", z, z.shape[1]).zero_()
+    squares[:, -1] = z.square().sum(1)
+    return z, z.to(x.dtype, copy=True), squares
 
 
-def compare_mlp(rows, C, width, dtype, device="cpu", compiled=False, autocast=False, added=False):
-    """:func:`swiglu_mlp`, added to a stream or not, and its gradients, twice over the same graph; relative errors to
-    float64. The stream is one that :func:`norm_and_carry` holds, which gives its scale a gradient."""
-    torch.compiler.reset()
-    g = torch.Generator().manual_seed(C + width)
-    shapes = ((*rows, C), (width, C), (width, C), (C, width))
-    made = [torch.randn(shape, generator=g, dtype=torch.float64) / shape[-1] ** 0.5 for shape in shapes]
-    own = torch.float32 if autocast else dtype
-    made = [x.to(dtype).to(device, own if i else dtype) for i, x in enumerate(made)]
-    if added:
-        stream = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((*rows, C), (C,)))
-        made += [x.to(device, torch.float32) for x in stream]
-    grad = (
-        torch.randn(*rows, C, generator=g, dtype=torch.float64).to(dtype).to(device, torch.float32 if added else dtype)
-    )
-    exact = [x.double().requires_grad_() for x in made]
-    leaves = [x.requires_grad_() for x in made]
-    run = torch.compile(swiglu_mlp, backend="inductor", fullgraph=True) if compiled else swiglu_mlp
-    with torch.autocast(device, dtype, enabled=autocast):
-        out = run(*leaves)
-    x, gate, up, down, *stream = exact
-    expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-    if added:  # the gradient of ``held`` is that of scale · held, and the scale's is not here
-        expected = expected + stream[0] + (stream[1] * stream[0] - stream[0]).detach()
-        leaves, exact = leaves[:5], exact[:5]
-    found = [out, *torch.autograd.grad(out, leaves, grad, retain_graph=True)]
-    again = torch.autograd.grad(out, leaves, grad)
-    assert all(torch.equal(a, b) for a, b in zip(found[1:], again, strict=True))
-    right = (expected, *torch.autograd.grad(expected, exact, grad.double()))
-    assert [x.dtype for x in found] == [grad.dtype, *(x.dtype for x in leaves)]
+@products.carried_product.register_kernel("cpu")
+def _(a, weight, grad, scale, y, correction):
+    sums = products._sums_of_columns("carried", y).zero_()
+    sums[-1] = (grad * y).sum(0)
+    return (a @ weight + scale * grad + correction[:, None] * y).to(grad.dtype), sums
+
+
+def random(g, *shape):
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def errors(run, exact_run, made, exact, grads):
+    """Relative errors to float64 of what ``run`` gives of its leaves, and of their gradients, whose graph is gone
+    through twice and gives the same bits."""
+    leaves, exact = ([x.requires_grad_() for x in group] for group in (made, exact))
+    out, right = run(*leaves), exact_run(*exact)
+    found = torch.autograd.grad(out, leaves, grads, retain_graph=True)
+    again = torch.autograd.grad(out, leaves, grads)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    found, right = (*out, *found), (*right, *torch.autograd.grad(right, exact, [x.double() for x in grads]))
     assert [x.shape for x in found] == [x.shape for x in right]
+    assert [x.dtype for x in found] == [*(x.dtype for x in grads), *(x.dtype for x in leaves)]
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, right, strict=True)]
 
 
-def compare_added(rows, C, width, dtype, device="cpu", compiled=False):
-    """A stream that is normed, held and added to, as in a layer: all gradients, the scale's too, against float64."""
+def compare_mlp(rows, C, width, dtype, device="cpu", compiled=False, autocast=False):
+    """:func:`swiglu_mlp` and its gradients."""
     torch.compiler.reset()
     g = torch.Generator().manual_seed(C + width)
-    shapes = ((*rows, C), (C,), (C,), (*rows, width), (C, width))
-    made = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
-    made = [
-        (x / width**0.5).to(dtype) if i == 4 else x.to(dtype if i == 3 else torch.float32) for i, x in enumerate(made)
-    ]
-    grads = [torch.randn(*rows, C, generator=g, dtype=torch.float64).float().to(device) for _ in range(2)]
-    made = [x.to(device) for x in made]
-    exact = [x.double().requires_grad_() for x in made]
-    leaves = [x.requires_grad_() for x in made]
+    made = [random(g, *shape) / shape[-1] ** 0.5 for shape in ((*rows, C), (width, C), (width, C), (C, width))]
+    made = [x.to(dtype).to(device, torch.float32 if autocast and i else dtype) for i, x in enumerate(made)]
+    run = torch.compile(swiglu_mlp, fullgraph=True) if compiled else swiglu_mlp
 
-    def step(y, weight, scale, x, product):
-        normed, held = norm_and_carry(y, None, weight, scale, 1e-3, hold=True)
-        return normed, add_product(held, scale, x, product)
+    def exact(x, gate, up, down):
+        return (F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),)
 
-    found = (torch.compile(step, fullgraph=True) if compiled else step)(*leaves)
-    y, weight, scale, x, product = exact
-    right = F.rms_norm(y, weight.shape, weight, 1e-3), scale * y + F.linear(x, product)
-    found += torch.autograd.grad(found, leaves, grads)
-    right += torch.autograd.grad(right, exact, [x.double() for x in grads])
-    assert [x.dtype for x in found] == [torch.float32, torch.float32, *(x.dtype for x in leaves)]
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, right, strict=True)]
+    with torch.autocast(device, dtype, enabled=autocast):
+        return errors(
+            lambda *x: (run(*x),), exact, made, [x.double() for x in made], [random(g, *rows, C).to(device, dtype)]
+        )
+
+
+def compare_layer(rows, C, width, dtype, device="cpu", compiled=False):
+    """A layer whose norms and stream are left to products, but for attention, which here is what its heads give added
+    up: twice normed and added to, with all gradients. rows (B, T), heads of 8 in C, half of them of keys."""
+    torch.compiler.reset()
+    (B, T), D, H = rows, 8, C // 16 * 2
+    (_, qkv, _, *norms, scorer, _), angles, _ = case((B, T, C, H, H // 2, D), torch.float64)
+    g = torch.Generator().manual_seed(C + width)
+    made = [random(g, B, T, C), *(1 + random(g, C) / 4 for _ in range(4)), qkv / C**0.5, *norms, scorer / 4]
+    made += [random(g, C, H * D) / C**0.5, *(random(g, *x) / x[1] ** 0.5 for x in ((width, C), (width, C), (C, width)))]
+    made, angles = ([x.to(device, torch.float32) for x in group] for group in (made, angles))
+
+    def joined_heads(q, k, v, scored):
+        return (q + k.repeat_interleave(2, 1) + v.repeat_interleave(2, 1)).transpose(1, 2).flatten(2) * scored.sum(
+            -1, keepdim=True
+        ).tanh()
+
+    def layer(y, norm_1, scale_1, norm_2, scale_2, qkv, q_norm, k_norm, scorer, o, gate, up, down):
+        rest = (q_norm, k_norm), angles, (scorer, None), H, EPS
+        *found, held = heads_of_stream(y, Narrow.of(y, EPS), norm_1, scale_1, qkv, *rest)
+        y, narrow = add_product(held, scale_1, joined_heads(*found), o, EPS)
+        y, narrow = swiglu_into_stream(y, narrow, norm_2, scale_2, gate, up, down, EPS)
+        return y, narrow.rstd
+
+    def exact(y, norm_1, scale_1, norm_2, scale_2, qkv, q_norm, k_norm, scorer, o, gate, up, down):
+        parts = qkv, None, q_norm, k_norm, scorer, None, [x.double() for x in angles], H, H // 2
+        found = reference(F.rms_norm(y, (C,), norm_1, EPS), *parts, eps=EPS)
+        y = scale_1 * y + F.linear(joined_heads(*found), o)
+        x = F.rms_norm(y, (C,), norm_2, EPS)
+        return (scale_2 * y + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),)
+
+    run, rstd = torch.compile(layer, fullgraph=True) if compiled else layer, []
+
+    def first(*leaves):
+        y, found = run(*leaves)
+        rstd.append((found - (y.square().mean(-1) + EPS).rsqrt()).norm() / found.norm())
+        return (y,)
+
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        found = errors(first, exact, made, [x.double() for x in made], [random(g, B, T, C).to(device, torch.float32)])
+    return [rstd[0].item(), *found]
 
 
 @pytest.mark.parametrize(("compiled", "autocast"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("shape", [((1,), 8, 8), ((3, 5), 16, 24)])
-@pytest.mark.parametrize("added", [False, True])
-def test_a_swiglu_in_products_around_what_the_library_gives(shape, compiled, autocast, added):
+def test_a_swiglu_in_products_around_what_the_library_gives(shape, compiled, autocast):
     dtype = torch.bfloat16 if autocast else torch.float32
-    errors = compare_mlp(*shape, dtype, compiled=compiled, autocast=autocast, added=added)
-    assert max(errors) < (2e-2 if autocast else 1e-6)
+    assert max(compare_mlp(*shape, dtype, compiled=compiled, autocast=autocast)) < (2e-2 if autocast else 1e-6)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_a_stream_that_is_held_and_added_to(monkeypatch, compiled, dtype, tolerance):
-    monkeypatch.setattr("small_doge.ops.residual._backward", residual_backward)
-    assert max(compare_added((3, 5), 16, 24, dtype, compiled=compiled)) < tolerance
-
-
-def residual_backward(d_normed, d_carried, y, weight, scale, eps):
-    """What the kernel of :func:`norm_and_carry` is to give (test_residual.py)."""
-    inverse = (y.square().mean(-1, keepdim=True) + eps).rsqrt()
-    hat, g = y * inverse, d_normed * weight
-    dy = (g - hat * (g * hat).mean(-1, keepdim=True)) * inverse + d_carried * scale
-    return dy, torch.stack(((d_normed * hat).flatten(0, -2).sum(0), (d_carried * y).flatten(0, -2).sum(0)))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("shape", [((1, 1), 16, 8), ((3, 5), 16, 24), ((2, 37), 136, 264)])
+def test_a_layer_whose_norms_and_stream_are_left_to_products(shape, compiled, dtype, tolerance):
+    assert max(compare_layer(*shape, dtype, compiled=compiled)) < tolerance
 
 
 def test_a_frozen_swiglu_gets_no_gradient_and_asks_for_none():
@@ -132,31 +160,33 @@ def test_a_frozen_swiglu_gets_no_gradient_and_asks_for_none():
 
 
 def test_the_products_are_what_torch_compile_is_told():
-    x, weight, down = (torch.randn(8, 8) for _ in range(3))
+    x, weight, down, rstd = (torch.randn(shape) for shape in ((9, 8), (8, 8), (8, 4), (9,)))
     told = ("test_schema", "test_faketensor")
-    torch.library.opcheck(products.gated_product, (x, weight), test_utils=told)
-    torch.library.opcheck(products.gated_product_backward, (x, down[:, :4], x @ weight.T), test_utils=told)
+    torch.library.opcheck(products.scaled_product, (x, rstd, weight), test_utils=told)
+    torch.library.opcheck(products.gated_product, (x, rstd, weight), test_utils=told)
+    torch.library.opcheck(products.gated_product_backward, (x, down, x @ weight.T, rstd), test_utils=told)
     torch.library.opcheck(products.added_product, (x, weight[0], x, weight), test_utils=told)
+    torch.library.opcheck(products.carried_product, (x, weight, x, weight[0], x, rstd), test_utils=told)
     torch.library.opcheck(products.product, (x, weight.T), test_utils=told)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_is_the_same_when_products_add_to_its_stream(monkeypatch, checkpointing):
+def test_a_model_is_the_same_when_its_norms_and_stream_are_left_to_products(monkeypatch, checkpointing):
     model, ids, positions = tiny_doge()
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def found():
-        out = model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False)
-        return [out.logits, *torch.autograd.grad(out.loss, list(model.parameters()))]
+        out = model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False, output_hidden_states=True)
+        return [out.logits, *out.hidden_states, *torch.autograd.grad(out.loss, list(model.parameters()))]
 
     expected, calls = found(), []
-    monkeypatch.setattr(moe, "better_together", lambda *_: True)
-    for module in (moe, modeling_doge):
+    for module in (moe, attention):
+        monkeypatch.setattr(module, "better_together", lambda *_: True)
         monkeypatch.setattr(module, "can_multiply", lambda *_: True)
-    monkeypatch.setattr(modeling_doge, "can_norm_and_carry", lambda *_: True)
-    monkeypatch.setattr("small_doge.ops.residual._backward", residual_backward)
+    monkeypatch.setattr(attention, "can_project_heads", lambda *_: True)
+    monkeypatch.setattr(modeling_doge, "dtype_of_products", lambda _: torch.bfloat16)  # which float32 stands for
     real = products.added_product
     for where in ("swiglu", "residual"):
         monkeypatch.setattr(f"small_doge.ops.{where}.added_product", lambda *x: calls.append(1) or real(*x))
@@ -166,7 +196,8 @@ def test_a_model_is_the_same_when_products_add_to_its_stream(monkeypatch, checkp
     biased = model.model.layers[1].mlp.gate_proj  # a bias is more than the products can do
     biased.bias = torch.nn.Parameter(torch.zeros(biased.out_features))
     calls.clear()
-    found()
+    for got, right in zip(found(), [*expected, torch.zeros(0)], strict=False):
+        assert got.shape != right.shape or (got - right).norm() <= 1e-4 * right.norm()
     assert len(calls) == (4 if checkpointing else 2)
     biased.bias = None
     layer, heard = model.model.layers[0], []

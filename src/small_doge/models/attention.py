@@ -11,12 +11,13 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..ops.dynamic_mask import aged, dynamic_mask_attention
-from ..ops.heads import can_project_heads, projected_heads
-from ..ops.residual import add_product
+from ..ops.heads import can_project_heads, heads_of_stream, projected_heads
+from ..ops.products import can_multiply
+from ..ops.residual import Narrow, add_product
 from .cache import DynamicMaskCache
 from .configuration_doge import DogeConfig
 from .masks import Visibility
-from .projections import better_together, joined, plain, project
+from .projections import better_together, joined, listened_to, plain, project
 from .rotary import grows_with_length, rotate, rotate_to
 
 
@@ -65,16 +66,50 @@ class DogeAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(B, T, C) → q (B, H, T, D), normed and rotated, k (B, G, T, D) likewise, or normed only, v, and Wdt v of it
         where that comes with it."""
-        layers, norms = (self.q_proj, self.k_proj, self.v_proj), (self.q_norm, self.k_norm)
-        fused = rotate_k and plain(self.dt_proj) and all(plain(norm, DogeRMSNorm) for norm in norms)
-        if fused and can_project_heads(x, self.head_dim) and better_together(x, *layers):
-            weights: Any = (self.q_norm.weight, self.k_norm.weight)
-            scorer, H = (self.dt_proj.weight, self.dt_proj.bias), self.config.heads[0]
-            return projected_heads(x, *joined(*layers), weights, angles, scorer, H, self.config.rms_norm_eps)
+        layers = self.q_proj, self.k_proj, self.v_proj
+        if rotate_k and self._projects_heads(x):
+            return projected_heads(x, *joined(*layers), *self._of_heads(angles))
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, *layers))
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
         return rotate(q, angles), rotate(k, angles) if rotate_k else k, v.transpose(1, 2), None
+
+    def _projects_heads(self, x: torch.Tensor) -> bool:
+        """Whether what there is from x to heads that are rotated is fused."""
+        known = plain(self.dt_proj) and plain(self.q_norm, DogeRMSNorm) and plain(self.k_norm, DogeRMSNorm)
+        together = known and better_together(x, self.q_proj, self.k_proj, self.v_proj)
+        return together and can_project_heads(x, self.head_dim)
+
+    def _of_heads(self, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, ...]:
+        """What :mod:`small_doge.ops.heads` takes after the weights of q, k and v."""
+        norms, scorer = (self.q_norm.weight, self.k_norm.weight), (self.dt_proj.weight, self.dt_proj.bias)
+        return norms, angles, scorer, self.config.heads[0], self.config.rms_norm_eps
+
+    def in_products(self, x: torch.Tensor) -> bool:
+        """Whether attention without a cache can leave it to its products to norm a stream x and to add to it."""
+        layers = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        if listened_to(self) or not plain(self.o_proj) or not self._projects_heads(x):
+            return False
+        sizes = (size for layer in layers for size in layer.weight.shape)
+        return all(layer.bias is None for layer in layers) and can_multiply(x, *sizes)
+
+    def into_stream(
+        self,
+        y: torch.Tensor,
+        narrow: Narrow,
+        norm: torch.Tensor,
+        scale: torch.Tensor,
+        q_angles: tuple[torch.Tensor, torch.Tensor],
+        visible: Visibility,
+        output_attentions: bool,
+    ) -> tuple[torch.Tensor, Narrow, torch.Tensor | None]:
+        """scale · y + attention to RMSNorm(y) · norm, by products alone (``ops.residual``); what they take for the
+        next norm; and weights as of :meth:`forward`."""
+        weight, _ = joined(self.q_proj, self.k_proj, self.v_proj)
+        q, k, v, dt, held = heads_of_stream(y, narrow, norm, scale, weight, *self._of_heads(q_angles))
+        out, weights = self._attend(q, k, v, self.scores(v, dt), visible, **self._options(output_attentions))
+        z, after = add_product(held, scale, _side_by_side(out), self.o_proj.weight, self.config.rms_norm_eps)
+        return z, after, weights
 
     def forward(
         self,
@@ -86,21 +121,17 @@ class DogeAttention(nn.Module):
         visible: Visibility | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
-        into: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, C) → (B, T, C) and, if asked for, the weights (B, H, T, Tk). The first is added to ``into``, a stream
-        held and its scale, which is for layers to decide.
+        """(B, T, C) → (B, T, C) and, if asked for, the weights (B, H, T, Tk).
 
         A cache holds keys rotated where their angles are fixed. Where they change as the text grows it holds them
         unrotated; a ``DynamicMaskCache`` then takes the ``positions`` (B or 1, T) of the new ones and has all rotated
         to the angles of a text of ``length``, and for any other cache ``k_angles`` are those of all Tk keys.
         """
-        B, T, _ = hidden_states.shape
         visible = visible or Visibility()
         unrotated = past_key_values is not None and grows_with_length(self.config)
         q, k, v, dt = self.heads(hidden_states, q_angles, rotate_k=not unrotated)
-        options: dict[str, Any] = {"return_weights": output_attentions}
-        options["dropout_p"] = self.config.attention_dropout or 0.0 if self.training else 0.0
+        options = self._options(output_attentions)
         if isinstance(past_key_values, DynamicMaskCache):
             if unrotated:
                 options |= {"positions": positions, "rotate_at": partial(rotate_to, self.config, length)}
@@ -112,17 +143,32 @@ class DogeAttention(nn.Module):
             if unrotated:
                 assert k_angles is not None
                 k = rotate(k, k_angles)
-            s, window, lifetime = self.scores(v, dt), self.config.keep_window_size, self.config.score_lifetime
-            out, weights = dynamic_mask_attention(
-                q,
-                k,
-                v,
-                s,
-                window,
-                local_window=self.config.local_window,
-                rank_by=aged(s, lifetime, visible.key_mask) if lifetime and s.shape[-1] > window else None,
-                **visible._asdict(),
-                **options,
-            )
-        out = out.transpose(1, 2).reshape(B, T, -1)
-        return self.o_proj(out) if into is None else add_product(*into, out, self.o_proj.weight), weights
+            out, weights = self._attend(q, k, v, self.scores(v, dt), visible, **options)
+        return self.o_proj(_side_by_side(out)), weights
+
+    def _options(self, output_attentions: bool) -> dict[str, Any]:
+        """What any attention is asked for."""
+        dropout = self.config.attention_dropout or 0.0 if self.training else 0.0
+        return {"return_weights": output_attentions, "dropout_p": dropout}
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor, visible: Visibility, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """To all keys there are."""
+        window, lifetime = self.config.keep_window_size, self.config.score_lifetime
+        return dynamic_mask_attention(
+            q,
+            k,
+            v,
+            s,
+            window,
+            local_window=self.config.local_window,
+            rank_by=aged(s, lifetime, visible.key_mask) if lifetime and s.shape[-1] > window else None,
+            **visible._asdict(),
+            **options,
+        )
+
+
+def _side_by_side(heads: torch.Tensor) -> torch.Tensor:
+    """(B, H, T, D) → (B, T, H·D)."""
+    return heads.transpose(1, 2).flatten(2)

@@ -21,9 +21,9 @@ from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
 )
 
+from ..ops.gpu import dtype_of_products
 from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
-from ..ops.products import can_multiply
-from ..ops.residual import add_update, can_norm_and_carry, norm_and_carry
+from ..ops.residual import Narrow, add_update, can_norm_and_carry, norm_and_carry
 from .attention import DogeAttention, DogeRMSNorm
 from .cache import DynamicMaskCache
 from .checkpoints import FIRST_RELEASE_NAMES, config_as_stored
@@ -53,18 +53,24 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         counted: torch.Tensor | None = None,
         balanced: bool = False,
+        narrow: Narrow | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Narrow | None]:
         """(B, T, C) → (B, T, C), attention weights if asked for, and of experts the router's logits and balance loss.
 
         ``counted`` and ``balanced`` are those of :class:`DogeCDMoE`, the rest is for :class:`DogeAttention`. All that
-        a layer finds out is returned, not kept: with gradient checkpointing it runs twice.
+        a layer finds out is returned, not kept: with gradient checkpointing it runs twice. ``narrow`` and the last of
+        what is returned are hidden states as products take them, where a layer leaves its norms to them.
         """
-        if self._adds_in_products(hidden_states):
-            normed, held = hold(hidden_states, self.input_layernorm, self.input_residual)
-            hidden_states, weights = self.self_attn(normed, into=(held, self.input_residual), **kwargs)
-            normed, held = hold(hidden_states, self.post_attention_layernorm, self.post_attention_residual)
-            return self.mlp(normed, (held, self.post_attention_residual)), weights, None, None
+        if self._in_products(hidden_states, kwargs.get("past_key_values")):
+            eps = self.self_attn.config.rms_norm_eps
+            narrow = Narrow.of(hidden_states, eps) if narrow is None else narrow
+            norm, scale = self.input_layernorm.weight, self.input_residual
+            given = {name: kwargs[name] for name in ("q_angles", "visible", "output_attentions")}
+            hidden_states, narrow, weights = self.self_attn.into_stream(hidden_states, narrow, norm, scale, **given)
+            norm, scale = self.post_attention_layernorm.weight, self.post_attention_residual
+            hidden_states, narrow = self.mlp.into_stream(hidden_states, narrow, norm, scale, eps)
+            return hidden_states, weights, None, None, narrow
         normed, carried = add_norm_and_scale(hidden_states, None, self.input_layernorm, self.input_residual)
         attended, weights = self.self_attn(normed, **kwargs)
         attended = F.dropout(attended, p=self.hidden_dropout, training=self.training)
@@ -81,29 +87,18 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
             hidden_states = add_update(carried, transformed)
         else:
             hidden_states = (carried + transformed).to(hidden_states.dtype)
-        return hidden_states, weights, router_logits, loss
+        return hidden_states, weights, router_logits, loss, None
 
-    def _adds_in_products(self, x: torch.Tensor) -> bool:
-        """Whether attention and SwiGLU can leave it to their last products to add to the stream x, in float32."""
-        attention, mlp = self.self_attn, self.mlp
-        if x.dtype != torch.float32 or type(mlp) is not DogeMLP or mlp.chunk_size or not mlp.in_products(x):
+    def _in_products(self, x: torch.Tensor, cache: Cache | None) -> bool:
+        """Whether attention and SwiGLU can leave their norms, and adding to the stream x in float32, to products."""
+        mlp, norms = self.mlp, (self.input_layernorm, self.post_attention_layernorm)
+        if x.dtype != torch.float32 or not torch.is_grad_enabled() or cache is not None:
             return False
-        last = attention.o_proj
-        if not plain(last) or last.bias is not None or not can_multiply(x, last.in_features, last.out_features):
+        if type(mlp) is not DogeMLP or mlp.chunk_size or listened_to(mlp) or (self.training and self.hidden_dropout):
             return False
-        if (self.training and self.hidden_dropout) or listened_to(attention) or listened_to(mlp):
+        if not mlp.in_products(x) or dtype_of_products(x) != torch.bfloat16:  # float16 has no room for all of a stream
             return False
-        norms = (
-            (self.input_layernorm, self.input_residual),
-            (self.post_attention_layernorm, self.post_attention_residual),
-        )
-        return all(norms_in_kernel(x, *norm) for norm in norms)
-
-
-def hold(x: torch.Tensor, norm: DogeRMSNorm, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(…, C) each: ``norm`` of x, and x, which the last product of a part is to scale and to be added to."""
-    assert norm.eps is not None
-    return norm_and_carry(x, None, norm.weight, scale, norm.eps, hold=True)
+        return all(plain(norm, DogeRMSNorm) for norm in norms) and self.self_attn.in_products(x)
 
 
 def norms_in_kernel(x: torch.Tensor, norm: DogeRMSNorm, scale: torch.Tensor) -> bool:
@@ -235,12 +230,13 @@ class DogeModel(DogePreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         balanced = config.is_moe and bool(self.training or output_router_logits)
-        hidden_states = inputs_embeds
+        hidden_states, narrow = inputs_embeds, None
         all_hidden, all_weights, all_router_logits, losses = [], [], [], []
         for layer in self.layers:
             all_hidden.append(hidden_states) if output_hidden_states else None
-            hidden_states, weights, router_logits, loss = layer(
+            hidden_states, weights, router_logits, loss, narrow = layer(
                 hidden_states,
+                narrow=narrow,
                 counted=None if visible.key_mask is None else visible.key_mask[:, -T:],
                 balanced=balanced,
                 q_angles=q_angles,

@@ -14,7 +14,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..ops.product_key import balance, experts, route
 from ..ops.products import can_multiply
-from ..ops.swiglu import swiglu, swiglu_linear, swiglu_mlp
+from ..ops.residual import Narrow
+from ..ops.swiglu import swiglu, swiglu_into_stream, swiglu_linear, swiglu_mlp
 from .configuration_doge import DogeConfig
 from .projections import better_together, plain, project_together
 
@@ -42,10 +43,8 @@ class DogeMLP(nn.Module):
         self.silu = config.hidden_act in ("silu", "swish")
         self.chunk_size = config.chunk_size_feed_forward
 
-    def forward(self, x: torch.Tensor, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """(…, C) → (…, C); added to ``into``, a stream held and its scale, which is for layers to decide."""
-        if into is not None:
-            return swiglu_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, *into)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, C) → (…, C)."""
         if not 0 < self.chunk_size < x.shape[:-1].numel():
             return self._at_once(x)
         run: Callable[[torch.Tensor], torch.Tensor] = self._at_once
@@ -55,7 +54,7 @@ class DogeMLP(nn.Module):
 
     def _at_once(self, x: torch.Tensor) -> torch.Tensor:
         if self.in_products(x):
-            return swiglu_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            return swiglu_mlp(x, *self._weights())
         gate_up = project_together(x, self.gate_proj, self.up_proj) if self.silu else None
         if gate_up is not None and plain(self.down_proj):
             out, bias = swiglu_linear(gate_up, self.down_proj.weight), self.down_proj.bias
@@ -72,6 +71,16 @@ class DogeMLP(nn.Module):
         if any(layer.bias is not None for layer in (gate, up, down)):
             return False
         return can_multiply(x, down.out_features, down.in_features)
+
+    def into_stream(
+        self, y: torch.Tensor, narrow: Narrow, norm: torch.Tensor, scale: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, Narrow]:
+        """scale · y + SwiGLU of RMSNorm(y) · norm, by products alone (``ops.residual``), and what they take for the
+        next norm, of eps."""
+        return swiglu_into_stream(y, narrow, norm, scale, *self._weights(), eps)
+
+    def _weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
 
 
 class DogeCDMoE(DogeMLP):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from .gpu import kernels, usable
-from .products import multiply
+from .products import multiply, scaled_product
+from .residual import Narrow, gradient_of_stream
 
 _BLOCK, _WARPS = 16, 4  # tokens and warps of a program
 
@@ -54,6 +55,31 @@ def projected_heads(
     return _ProjectedHeads.apply(*products, *norms, *angles, H, eps)
 
 
+def heads_of_stream(
+    y: torch.Tensor,
+    narrow: Narrow,
+    norm: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor],
+    angles: tuple[torch.Tensor, torch.Tensor],
+    scorer: tuple[torch.Tensor, torch.Tensor | None],
+    H: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`projected_heads` of RMSNorm(y) · norm by products that do all of it (see residual.py), and y, held for
+    :func:`.residual.add_product`, whose gradient of y and of scale are given here.
+
+    Args:
+        y: (B, T, C) float32, and ``narrow`` what products take for its norm.
+        norm, scale: (C,), of the norm and of the stream.
+        weight, norms, angles, scorer, H, eps: as there.
+    """
+    dtype = narrow.y.dtype
+    products = [(weight * norm).to(dtype), None, *(None if x is None else x.to(dtype) for x in scorer)]
+    return _ProjectedHeads.apply(narrow.y, *products, *norms, *angles, H, eps, y, narrow.rstd, scale)
+
+
 class _ProjectedHeads(torch.autograd.Function):
     """The products are part of it, as their gradient is then written in one piece, that of v too."""
 
@@ -71,36 +97,43 @@ class _ProjectedHeads(torch.autograd.Function):
         sin: torch.Tensor,
         H: int,
         eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        qkv = multiply(x.flatten(0, 1), weight.T).view(*x.shape[:2], -1) if bias is None else F.linear(x, weight, bias)
+        held: torch.Tensor | None = None,
+        rstd: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """With a stream held, x is what products take for its norm, and has no gradient."""
+        if rstd is not None:
+            qkv = scaled_product(x.flatten(0, 1), rstd.flatten(), weight).view(*x.shape[:2], -1)
+        elif bias is None:
+            qkv = multiply(x.flatten(0, 1), weight.T).view(*x.shape[:2], -1)
+        else:
+            qkv = F.linear(x, weight, bias)
         q, k = _forward(qkv, q_norm, k_norm, cos, sin, H, eps)
-        ctx.save_for_backward(x, weight, qkv, q_norm, k_norm, cos, sin, scorer)
+        ctx.save_for_backward(x, weight, qkv, q_norm, k_norm, cos, sin, scorer, rstd, scale)
         ctx.eps = eps
         values = qkv[..., -scorer.shape[1] :]
-        return q, k, values.unflatten(-1, (-1, q.shape[3])).transpose(1, 2), F.linear(values, scorer, scorer_bias)
+        heads = q, k, values.unflatten(-1, (-1, q.shape[3])).transpose(1, 2), F.linear(values, scorer, scorer_bias)
+        return heads if held is None else (*heads, held.view_as(held))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, qkv, *norms, cos, sin, scorer = ctx.saved_tensors
-        d_qkv, d_norms = _backward(*grads, qkv, *norms, cos, sin, scorer, ctx.eps)
+        x, weight, qkv, *norms, cos, sin, scorer, rstd, scale = ctx.saved_tensors
+        d_qkv, d_norms, dots = _backward(*grads[:4], qkv, *norms, cos, sin, scorer, rstd, ctx.eps)
         needs, flat, d_scored = ctx.needs_input_grad, d_qkv.flatten(0, 1), grads[3].flatten(0, 1)
         d_weight = flat.T @ x.flatten(0, 1) if needs[1] else None
         d_bias = flat.sum(0) if needs[2] else None
         d_scorer = d_scored.T @ qkv[..., -scorer.shape[1] :].flatten(0, 1) if needs[3] else None
         d_scorer_bias = d_scored.sum(0) if needs[4] else None
         rest = (part.to(norm.dtype) for part, norm in zip(d_norms, norms, strict=True))
-        return (
-            multiply(flat, weight).view_as(x),
-            d_weight,
-            d_bias,
-            d_scorer,
-            d_scorer_bias,
-            *rest,
-            None,
-            None,
-            None,
-            None,
-        )
+        dx = d_held = d_scale = None
+        if rstd is None:
+            dx = multiply(flat, weight).view_as(x)
+        else:
+            carried = grads[4].to(x.dtype)
+            d_held, d_scale = gradient_of_stream(flat, weight, carried, scale, Narrow(x, rstd), dots)
+            d_held = d_held.to(grads[4].dtype)
+        of_heads = (d_weight, d_bias, d_scorer, d_scorer_bias, *rest, None, None, None, None)
+        return dx, *of_heads, d_held, None, d_scale
 
 
 def _arguments(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, eps: float) -> tuple[dict[str, Any], int]:
@@ -153,21 +186,25 @@ def _backward(
     cos: torch.Tensor,
     sin: torch.Tensor,
     scorer: torch.Tensor,
+    rstd: torch.Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of qkv, and those of both norms (2, D) in float32, in the same bits for the same inputs."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradient of qkv, those of both norms (2, D) in float32, in the same bits for the same inputs, and with rstd,
+    of a product that was scaled by it, the first times rstd, and for each token the sum of gradients and qkv (B·T,)."""
     arguments, programs = _arguments(dq, dk, cos, eps)
     out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     norms = torch.empty(programs, 2, arguments["D"], dtype=torch.float32, device=qkv.device)
-    inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin, d_scored, scorer))
+    dots = norms.new_empty(0 if rstd is None else arguments["N"])
+    inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin, d_scored, scorer, dots if rstd is None else rstd))
     grads = [x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv)]
     strides = [stride for x in grads for stride in x.stride()[:3]]
-    arguments["M"] = scorer.shape[0]
-    kernels("triton_heads").backward[(programs,)](*inputs, *grads, out, norms, *strides, **arguments)
-    return out, norms.sum(0)
+    arguments |= {"M": scorer.shape[0], "SCALED": rstd is not None}
+    kernels("triton_heads").backward[(programs,)](*inputs, *grads, out, norms, dots, *strides, **arguments)
+    return out, norms.sum(0), dots
 
 
 @_backward.register_fake
-def _(dq, dk, dv, d_scored, qkv, q_norm, k_norm, cos, sin, scorer, eps):
+def _(dq, dk, dv, d_scored, qkv, q_norm, k_norm, cos, sin, scorer, rstd, eps):
     norms = qkv.new_empty(2, q_norm.shape[0], dtype=torch.float32)
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format), norms
+    dots = norms.new_empty(0 if rstd is None else rstd.numel())
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), norms, dots

@@ -1,8 +1,8 @@
 """Matrix products of QuACK (https://github.com/Dao-AILab/quack, an extra of this package) that end, on Hopper, in what
-would be read and written once more after them: silu(gate) · up, its gradient, a sum with the residual stream.
+would be read and written once more around them: RMSNorm (what of it is one number a row), silu(gate) · up, the residual
+stream, and all their gradients.
 
-While one tile is ended another is multiplied, so that takes hardly any time. Gradients are the business of what calls
-these: :func:`.swiglu.swiglu_mlp`, :func:`.residual.add_product`, :func:`.heads.projected_heads`.
+While one tile is ended another is multiplied, so that takes hardly any time. Who puts them together: :mod:`.residual`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .gpu import dtype_of_products, usable
+from .gpu import dtype_of_products, kernels, usable
 
 try:
     QUACK = version("quack-kernels")
@@ -21,10 +21,16 @@ except PackageNotFoundError:
     QUACK = ""
 HAS_QUACK = QUACK.startswith("0.6.")  # whose products were measured and tested
 
-# Tiles, and how many programs share a copied one, of what was tried on an H200 (docs/decisions.md): in each, two groups
-# of four warps take turns, one at its products and the other at what follows them.
-_WIDE = {"tile_m": 192, "tile_n": 128, "cluster_m": 1, "cluster_n": 2, "pingpong": True}
-_TILES = {"gated": _WIDE, "gated_backward": _WIDE | {"tile_m": 128}, "added": _WIDE, "plain": _WIDE}
+# Tiles (rows, columns) of what was tried on an H200 (docs/decisions.md). Two groups of four warps take turns, one at
+# its products and the other at what follows them; larger tiles leave too few registers for the longer ends.
+_TILES = {
+    "plain": (192, 128),
+    "scaled": (192, 128),
+    "gated": (192, 128),
+    "gated_backward": (128, 128),
+    "added": (128, 128),
+    "carried": (128, 128),
+}
 _FASTER_FROM = 1024  # rows and columns of a weight with which a plain product is faster; fewer were not measured
 
 
@@ -47,30 +53,15 @@ def _is_hopper(device: torch.device) -> bool:
 @functools.cache
 def _quack(name: str) -> Any:
     """A product of QuACK's with its tiles, imported when the first is called, as that takes seconds."""
-    from quack.epilogue.frontend import gemm_epilogue
-    from quack.epilogue.library import dgated_mod, linear_act_mod
-    from quack.epilogue.ops import RowVecLoad
     from quack.gemm_config import GemmConfig
 
-    if name == "gated":
-        made = linear_act_mod("swiglu", gated=True, has_c=False, has_rowvec=False, has_colvec=False)
-    elif name == "gated_backward":
-        made = dgated_mod("swiglu", has_scale=False, has_reduce=False)
-    elif name == "added":
-        made = gemm_epilogue(ops={"scale": RowVecLoad("scale")})(_scaled_and_added)
-    else:  # plain
-        made = gemm_epilogue()(_as_it_is)
+    rows, columns = _TILES[name]
+    config = GemmConfig(
+        tile_m=rows, tile_n=columns, cluster_m=1, cluster_n=2, pingpong=True, device_capacity=9
+    )  # two programs share what they copy of a
     # A counter hands tiles out: mostly faster, never by much slower (docs/decisions.md).
-    options = {"config": GemmConfig(**_TILES[name], device_capacity=9), "tuned": False, "dynamic_scheduler": True}
-    return functools.partial(made, **options)
-
-
-def _scaled_and_added(acc, c, scale):
-    return {"D": acc + c * scale}
-
-
-def _as_it_is(acc):
-    return {"D": acc}
+    options = {"config": config, "tuned": False, "dynamic_scheduler": True}
+    return functools.partial(getattr(kernels("quack_epilogues"), name), **options)
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -84,27 +75,79 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _quack("plain")(a.contiguous(), b)["D"]
 
 
+@torch.library.custom_op("small_doge::scaled_product", mutates_args=(), device_types="cuda")
+def scaled_product(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """rstd · x weightᵀ: x (N, C), rstd (N,) float32 of its rows, weight (M, C) → (N, M)."""
+    return _quack("scaled")(x.contiguous(), weight.contiguous().T, rstd=rstd.contiguous())["D"]
+
+
 @torch.library.custom_op("small_doge::gated_product", mutates_args=(), device_types="cuda")
-def gated_product(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (N, C), weight (2 I, C) → gates and ups in turn (N, 2 I), silu(gate) · up (N, I)."""
-    out = _quack("gated")(x.contiguous(), weight.contiguous().T)
-    return out["D"], out["mAuxOut"]
+def gated_product(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N, C), rstd (N,) float32, weight (2 I, C) → rstd · x weightᵀ, gates and ups in turn (N, 2 I), and
+    silu(gate) · up (N, I)."""
+    out = _quack("gated")(x.contiguous(), weight.contiguous().T, rstd=rstd.contiguous())
+    return out["D"], out["hidden"]
 
 
 @torch.library.custom_op("small_doge::gated_product_backward", mutates_args=(), device_types="cuda")
 def gated_product_backward(
-    grad: torch.Tensor, down: torch.Tensor, gate_up: torch.Tensor
+    grad: torch.Tensor, down: torch.Tensor, gate_up: torch.Tensor, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad (N, C), down (C, I), gate_up (N, 2 I) → the gradient of gate_up, and silu(gate) · up (N, I) again."""
-    out = _quack("gated_backward")(grad.contiguous(), down.contiguous(), gate_up)
-    return out["D"], out["mAuxOut"]
+    """grad (N, C), down (C, I), gate_up (N, 2 I), rstd (N,) → rstd · the gradient of gate_up, and the products of
+    that gradient (without rstd) and gate_up, summed over tiles of columns, (N, tiles) float32."""
+    dots = _sums_of_rows("gated_backward", grad, down.shape[1])
+    grad, gate_up = grad.contiguous(), gate_up.contiguous()
+    out = _quack("gated_backward")(grad, down.contiguous(), gate_up, rstd=rstd.contiguous(), dots=dots)
+    return out["D"], dots
 
 
 @torch.library.custom_op("small_doge::added_product", mutates_args=(), device_types="cuda")
-def added_product(y: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """scale · y + x weightᵀ, y (N, C) and scale (C,) in float32, x (N, I), weight (C, I)."""
+def added_product(
+    y: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """scale · y + x weightᵀ, y (N, C) and scale (C,) in float32, x (N, I), weight (C, I): in float32, in the dtype of
+    x, and squared and summed over tiles of columns, (N, tiles) float32."""
+    squares = _sums_of_rows("added", y, y.shape[1])
+    out = {"D": torch.empty_like(y, memory_format=torch.contiguous_format)}
+    out["narrow"] = torch.empty_like(out["D"], dtype=x.dtype)
     x, weight, y = x.contiguous(), weight.contiguous(), y.contiguous()
-    return _quack("added")(x, weight.T, y, scale=scale.contiguous(), out_dtype=y.dtype)["D"]
+    _quack("added")(x, weight.T, y, out=out, scale=scale.contiguous(), squares=squares)
+    return out["D"], out["narrow"], squares
+
+
+@torch.library.custom_op("small_doge::carried_product", mutates_args=(), device_types="cuda")
+def carried_product(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    scale: torch.Tensor,
+    y: torch.Tensor,
+    correction: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a weight + scale · grad + correction · y, and grad · y, summed over tiles of rows, (tiles, C) float32.
+
+    bfloat16 is rounded up or down as in triton_residual.py, in the same bits for the same inputs.
+
+    Args:
+        a: (N, K).
+        weight: (K, C).
+        grad, y: (N, C).
+        scale: (C,) and correction (N,), float32.
+    """
+    sums = _sums_of_columns("carried", y)
+    a, weight, grad, y, scale, correction = (x.contiguous() for x in (a, weight, grad, y, scale, correction))
+    out = _quack("carried")(a, weight, grad, y=y, scale=scale, correction=correction, d_scale=sums)
+    return out["D"], sums
+
+
+def _sums_of_rows(name: str, x: torch.Tensor, columns: int) -> torch.Tensor:
+    """Uninitialised, of every row of x (N, …) a number for each tile of so many columns."""
+    return x.new_empty(x.shape[0], -(-columns // _TILES[name][1]), dtype=torch.float32)
+
+
+def _sums_of_columns(name: str, x: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, of every column of x (N, C) a number for each tile of rows."""
+    return x.new_empty(-(-x.shape[0] // _TILES[name][0]), x.shape[1], dtype=torch.float32)
 
 
 @product.register_fake
@@ -112,17 +155,29 @@ def _(a, b):
     return a.new_empty(a.shape[0], b.shape[1])
 
 
+@scaled_product.register_fake
+def _(x, rstd, weight):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 @gated_product.register_fake
-def _(x, weight):
+def _(x, rstd, weight):
     gate_up = x.new_empty(x.shape[0], weight.shape[0])
     return gate_up, x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 
 @gated_product_backward.register_fake
-def _(grad, down, gate_up):
-    return torch.empty_like(gate_up), grad.new_empty(grad.shape[0], down.shape[1])
+def _(grad, down, gate_up, rstd):
+    dots = _sums_of_rows("gated_backward", grad, down.shape[1])
+    return torch.empty_like(gate_up, memory_format=torch.contiguous_format), dots
 
 
 @added_product.register_fake
 def _(y, scale, x, weight):
-    return torch.empty_like(y, memory_format=torch.contiguous_format)
+    z = torch.empty_like(y, memory_format=torch.contiguous_format)
+    return z, torch.empty_like(z, dtype=x.dtype), _sums_of_rows("added", y, y.shape[1])
+
+
+@carried_product.register_fake
+def _(a, weight, grad, scale, y, correction):
+    return torch.empty_like(grad, memory_format=torch.contiguous_format), _sums_of_columns("carried", y)

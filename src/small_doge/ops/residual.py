@@ -1,14 +1,20 @@
-"""A residual stream on its way from one part of a layer to the next: added to, normed, scaled."""
+"""A residual stream on its way from one part of a layer to the next: added to, normed, scaled.
+
+A part of a layer makes z = scale · y + F(RMSNorm(y)) of the stream y. Either a norm stands between them, and one kernel
+does its backward pass (:func:`norm_and_carry`), or products do all of it: RMSNorm(y) W = 1 / rms(y) · y (weight · W),
+so a product can take y as the one before has left it (:class:`Narrow`) and be scaled by one number a row at its end,
+and the product that gives F's gradient can add to it what norm and scale · y contribute (:func:`gradient_of_stream`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .gpu import dtype_of_products, kernels, usable
-from .products import added_product
+from .products import added_product, carried_product
 
 
 def can_norm_and_carry(x: torch.Tensor, *weights: torch.Tensor) -> bool:
@@ -24,11 +30,8 @@ def norm_and_carry(
     weight: torch.Tensor,
     scale: torch.Tensor,
     eps: float,
-    hold: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of y = x + update, RMSNorm(y) · weight (arXiv:1910.07467) and what the stream carries on, scale · y.
-
-    With ``hold`` the second is y, though with the gradient of scale · y: for :func:`add_product`, which multiplies.
 
     The forward pass is left to torch.compile. Backward, one kernel reads y and both gradients once and writes the
     gradient of y, and those of weight and scale. The stream's gradient is in the dtype of the norm's output: under
@@ -42,7 +45,7 @@ def norm_and_carry(
     Returns:
         RMSNorm in the dtype of autocast where that is on, else in that of x, and the stream in that of x.
     """
-    return _NormAndCarry.apply(x, update, weight, scale, eps, dtype_of_products(x), hold)
+    return _NormAndCarry.apply(x, update, weight, scale, eps, dtype_of_products(x))
 
 
 def add_update(x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
@@ -53,30 +56,83 @@ def add_update(x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     return x + update if x.dtype == update.dtype else _AddUpdate.apply(x, update)
 
 
-def add_product(held: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """scale · held + x weightᵀ, where :func:`norm_and_carry` holds y and gives scale its gradient.
+class Narrow(NamedTuple):
+    """What products take for RMSNorm(y) of a stream y (…, C). Neither has a gradient, which goes to y alone."""
 
-    The product of products.py (which says where it runs) adds in float32. The gradient is in the dtype of x.
+    y: torch.Tensor
+    """(…, C), 16 bits."""
+    rstd: torch.Tensor
+    """(…), float32: 1 / √(mean(y²) + ε)."""
+
+    @classmethod
+    def of(cls, y: torch.Tensor, eps: float) -> Narrow:
+        """Of y in float32, in the dtype of autocast."""
+        y = y.detach()
+        return cls(y.to(dtype_of_products(y)), (y.square().mean(-1) + eps).rsqrt())
+
+
+def add_product(
+    held: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, Narrow]:
+    """z = scale · held + x weightᵀ, for a stream held whose gradient and that of scale are another's to give: this one
+    gives that of z, in the dtype of x, to :func:`gradient_of_stream`.
+
+    The product of products.py (which says where it runs) adds in float32.
 
     Args:
         held: (…, C) float32.
         scale: (C,) float32.
         x: (…, I) of 16 bits.
         weight: (C, I), of any dtype.
+        eps: of the norm of z that comes next.
 
     Returns:
-        (…, C) float32.
+        z (…, C) float32, and what products take for its norm.
     """
-    return _AddProduct.apply(held, scale, x, weight.to(x.dtype))
+    z, narrow, squares = _AddProduct.apply(held, scale, x, weight.to(x.dtype))
+    return z, Narrow(narrow, rstd_of(squares, z, eps))
+
+
+def rstd_of(squares: torch.Tensor, z: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / √(mean(z²) + ε) of z (…, C), from its squares summed over tiles, (N, tiles)."""
+    return (squares.sum(-1) / z.shape[-1] + eps).rsqrt().view(z.shape[:-1])
+
+
+def gradient_of_stream(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    carried: torch.Tensor,
+    scale: torch.Tensor,
+    narrow: Narrow,
+    dots: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of y, in the dtype of narrow, and of scale (C,) in float32, where z = scale · y + F(u), u = rstd · y weightᵀ.
+
+    With g the gradient of u and dz that of z it is rstd · g weight + scale · dz − rstd² / C · (Σ_k g_k u_k) · y: the
+    last is what y does to rstd.
+
+    Args:
+        grad: rstd · g, (N, K) of 16 bits.
+        weight: (K, C), with that of the norm in it.
+        carried: gradient of z, (…, C) of 16 bits.
+        dots: (N,), of each row Σ_k g_k u_k.
+    """
+    y, rstd = narrow.y.flatten(0, -2), narrow.rstd.flatten()
+    correction = rstd.square() * dots / -y.shape[1]
+    dy, sums = carried_product(grad, weight, carried.flatten(0, -2), scale, y, correction)
+    return dy.view_as(narrow.y), sums.sum(0)
 
 
 class _AddProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, held: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(x, weight)
-        return added_product(held.flatten(0, -2), scale, x.flatten(0, -2), weight).view_as(held)
+        z, narrow, squares = added_product(held.flatten(0, -2), scale, x.flatten(0, -2), weight)
+        narrow = narrow.view_as(held)
+        ctx.mark_non_differentiable(narrow, squares)
+        return z.view_as(held), narrow, squares
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -110,14 +166,13 @@ class _NormAndCarry(torch.autograd.Function):
         scale: torch.Tensor,
         eps: float,
         dtype: torch.dtype,
-        hold: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         y = x if update is None else (x + update).to(x.dtype)
         ctx.save_for_backward(y, weight, scale)
         ctx.eps, ctx.dtypes = eps, (x.dtype, None if update is None else update.dtype)
         normed = F.rms_norm(y, weight.shape, weight, eps)
         # `to` the same dtype is the same tensor, whose gradient torch.compile of PyTorch 2.11 then leaves out
-        return normed if normed.dtype == dtype else normed.to(dtype), y.view_as(y) if hold else scale * y
+        return normed if normed.dtype == dtype else normed.to(dtype), scale * y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -125,7 +180,7 @@ class _NormAndCarry(torch.autograd.Function):
         dy, sums = _backward(d_normed, d_carried.to(d_normed.dtype), y, weight, scale, ctx.eps)
         d_x, d_update = (None if dtype is None else dy.to(dtype) for dtype in ctx.dtypes)
         d_weight, d_scale = sums.to(weight.dtype)
-        return d_x, d_update, d_weight, d_scale, None, None, None
+        return d_x, d_update, d_weight, d_scale, None, None
 
 
 @torch.library.custom_op("small_doge::norm_and_carry_backward", mutates_args=())

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from .gpu import dtype_of_products, kernels, usable
 from .products import added_product, gated_product, gated_product_backward, multiply
+from .residual import Narrow, gradient_of_stream, rstd_of
 
 _BLOCK = 1024
 
@@ -57,60 +58,100 @@ class _SwigluLinear(torch.autograd.Function):
         return gate_up_grad, grads[0].flatten(0, -2).T @ hidden.flatten(0, -2)
 
 
-def swiglu_mlp(
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    held: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-) -> torch.Tensor:
+def swiglu_mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """down (silu(gate x) · up x), by the products of products.py (which says where they run), in the dtype of x or,
-    where it is on, of autocast; with ``held`` and ``scale`` added to scale · held, as by :func:`.residual.add_product`.
+    where it is on, of autocast.
 
-    silu(gate x) · up x is computed from gates and ups in float32. Only x, gates and ups wait for the backward pass.
+    silu(gate x) · up x is computed from gates and ups in float32.
 
     Args:
         x: (…, C), 16 bits with autocast or without.
         gate, up: (I, C).
         down: (C, I).
-        held: (…, C) and scale (C,), float32.
 
     Returns:
         (…, C).
     """
     dtype = dtype_of_products(x)
-    gate_up = torch.stack((gate, up), 1).flatten(0, 1)  # a tile has gates and ups of the same units
-    return _SwigluMLP.apply(x.to(dtype), gate_up.to(dtype), down.to(dtype), held, scale)
+    return _SwigluMLP.apply(x.to(dtype), _in_turn(gate, up).to(dtype), down.to(dtype))
+
+
+def swiglu_into_stream(
+    y: torch.Tensor,
+    narrow: Narrow,
+    norm: torch.Tensor,
+    scale: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, Narrow]:
+    """scale · y + :func:`swiglu_mlp` of RMSNorm(y) · norm, whose products do all of it; see residual.py.
+
+    Args:
+        y: (…, C) float32, and ``narrow`` what products take for its norm.
+        norm, scale: (C,), of the norm and of the stream.
+        eps: of the norm that comes next.
+
+    Returns:
+        The stream (…, C) float32, and what products take for its norm.
+    """
+    weight = _in_turn(gate, up) * norm
+    z, after, squares = _SwigluIntoStream.apply(y, *narrow, weight.to(narrow.y.dtype), down.to(narrow.y.dtype), scale)
+    return z, Narrow(after, rstd_of(squares, z, eps))
+
+
+def _in_turn(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """(2 I, C): a tile of a product then has gates and ups of the same units."""
+    return torch.stack((gate, up), 1).flatten(0, 1)
 
 
 class _SwigluMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        down: torch.Tensor,
-        held: torch.Tensor | None,
-        scale: torch.Tensor | None,
-    ) -> torch.Tensor:
-        gate_up, hidden = gated_product(x.flatten(0, -2), weight)
-        ctx.save_for_backward(x, weight, down, gate_up)
-        ctx.held = None if held is None else held.dtype
-        if held is None or scale is None:
-            return (hidden @ down.T).view(*x.shape[:-1], -1)
-        return added_product(held.flatten(0, -2), scale, hidden, down).view_as(held)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        ones = rows.new_ones(rows.shape[0], dtype=torch.float32)
+        gate_up, hidden = gated_product(rows, ones, weight)
+        ctx.save_for_backward(x, weight, down, gate_up, hidden, ones)
+        return (hidden @ down.T).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, down, gate_up = ctx.saved_tensors
-        grad, needs = grads[0].to(x.dtype), ctx.needs_input_grad
-        d_held = None if ctx.held is None else grad.to(ctx.held)
-        grad = grad.flatten(0, -2)
-        d_gate_up, hidden = gated_product_backward(grad, down, gate_up)
+        x, weight, down, gate_up, hidden, ones = ctx.saved_tensors
+        grad, needs = grads[0].to(x.dtype).flatten(0, -2), ctx.needs_input_grad
+        d_gate_up, _ = gated_product_backward(grad, down, gate_up, ones)
         dx = multiply(d_gate_up, weight).view_as(x) if needs[0] else None
         d_weight = d_gate_up.T @ x.flatten(0, -2) if needs[1] else None
-        return dx, d_weight, grad.T @ hidden if needs[2] else None, d_held, None
+        return dx, d_weight, grad.T @ hidden if needs[2] else None
+
+
+class _SwigluIntoStream(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        narrow: torch.Tensor,
+        rstd: torch.Tensor,
+        weight: torch.Tensor,
+        down: torch.Tensor,
+        scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        gate_up, hidden = gated_product(narrow.flatten(0, -2), rstd.flatten(), weight)
+        z, after, squares = added_product(y.flatten(0, -2), scale, hidden, down)
+        after = after.view_as(narrow)
+        ctx.save_for_backward(narrow, rstd, weight, down, scale, gate_up, hidden)
+        ctx.mark_non_differentiable(after, squares)
+        return z.view_as(y), after, squares
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *narrow, weight, down, scale, gate_up, hidden = ctx.saved_tensors
+        stream, needs = Narrow(*narrow), ctx.needs_input_grad
+        grad = grads[0].to(stream.y.dtype).flatten(0, -2)
+        d_gate_up, dots = gated_product_backward(grad, down, gate_up, stream.rstd.flatten())
+        dy, d_scale = gradient_of_stream(d_gate_up, weight, grad, scale, stream, dots.sum(-1))
+        d_weight = d_gate_up.T @ stream.y.flatten(0, -2) if needs[3] else None
+        return dy.to(grads[0].dtype), None, None, d_weight, grad.T @ hidden if needs[4] else None, d_scale
 
 
 @torch.library.custom_op("small_doge::swiglu", mutates_args=())

@@ -60,8 +60,9 @@ def forward(
 
 
 @triton.jit
-def _back(x, grad, grad_at, out, at, weight, cos, sin, sum_1, sum_2, here, d, eps, D: tl.constexpr):
-    """Writes the gradient of one head and adds its tokens' parts of the norm's to the two sums."""
+def _back(x, grad, grad_at, out, at, weight, cos, sin, rstd, sum_1, sum_2, dots, here, d, eps, D: tl.constexpr):
+    """Writes the gradient of one head, times rstd, and adds its tokens' parts of the norm's to the two sums, and to
+    dots (BLOCK, 1) those of gradient · x, which are there because of eps alone."""
     first, second = _halves(x, at, here, D)
     inverse = _inverse_rms(first, second, eps, D)
     first, second = first * inverse, second * inverse
@@ -72,21 +73,24 @@ def _back(x, grad, grad_at, out, at, weight, cos, sin, sum_1, sum_2, here, d, ep
     weight_1, weight_2 = _halves(weight, d, d < D // 2, D)
     grad_1, grad_2 = grad_1 * weight_1, grad_2 * weight_2
     mean = (tl.sum(grad_1 * first, 1) + tl.sum(grad_2 * second, 1))[:, None] / D
+    dots += D * mean * eps * inverse * inverse
+    inverse *= rstd
     tl.store(out + at, ((grad_1 - first * mean) * inverse).to(out.dtype.element_ty), mask=here)
     tl.store(out + at + D // 2, ((grad_2 - second * mean) * inverse).to(out.dtype.element_ty), mask=here)
-    return sum_1, sum_2
+    return sum_1, sum_2, dots
 
 
 @triton.jit
 def backward(
-    qkv, q_norm, k_norm, cos, sin, d_scored, scorer, dq, dk, dv, out, norms,
+    qkv, q_norm, k_norm, cos, sin, d_scored, scorer, rstd, dq, dk, dv, out, norms, dots,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    N, T, angle_stride, eps, H, G, M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    N, T, angle_stride, eps, H, G, M: tl.constexpr, SCALED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """out, like qkv, and norms (programs, 2, D) float32: the gradients of qkv, and parts of those of both norms.
 
     dq (B, H, T, D), dk and dv (B, G, T, D) by their strides; d_scored (N, M) of a layer of v, whose weight scorer is
-    (M, G·D).
+    (M, G·D). SCALED: out is multiplied by rstd (N,), and dots (N,) is the sum over a token's gradients times qkv.
     """
     n, b, t, d, angle, here = _tokens(T, N, angle_stride, D, BLOCK, HALF)
     cos_t = tl.load(cos + angle, mask=here, other=0.0).to(tl.float32)
@@ -96,19 +100,23 @@ def backward(
     places, there = tl.arange(0, HALF), tl.arange(0, HALF) < D // 2
     sum_1 = tl.zeros([BLOCK, HALF], tl.float32)
     sum_2 = tl.zeros([BLOCK, HALF], tl.float32)
+    dot = tl.zeros([BLOCK, 1], tl.float32)
+    by = dot + 1.0
+    if SCALED:
+        by = tl.load(rstd + n, mask=n < N, other=0.0)
     for h in tl.range(H, num_stages=3):
-        sum_1, sum_2 = _back(
-            qkv, dq, b * q_b + h * q_h + t * q_t + d, out, at + h * D, q_norm, cos_t, sin_t, sum_1, sum_2, here, d, eps,
-            D,
+        sum_1, sum_2, dot = _back(
+            qkv, dq, b * q_b + h * q_h + t * q_t + d, out, at + h * D, q_norm, cos_t, sin_t, by, sum_1, sum_2, dot,
+            here, d, eps, D,
         )  # fmt: skip
     tl.store(norms + places, tl.sum(sum_1, 0), mask=there)
     tl.store(norms + D // 2 + places, tl.sum(sum_2, 0), mask=there)
     sum_1 = tl.zeros([BLOCK, HALF], tl.float32)
     sum_2 = tl.zeros([BLOCK, HALF], tl.float32)
     for h in tl.range(G, num_stages=3):
-        sum_1, sum_2 = _back(
-            qkv, dk, b * k_b + h * k_h + t * k_t + d, out, at + (H + h) * D, k_norm, cos_t, sin_t, sum_1, sum_2, here,
-            d, eps, D,
+        sum_1, sum_2, dot = _back(
+            qkv, dk, b * k_b + h * k_h + t * k_t + d, out, at + (H + h) * D, k_norm, cos_t, sin_t, by, sum_1, sum_2,
+            dot, here, d, eps, D,
         )  # fmt: skip
         value_1, value_2 = _halves(dv, b * v_b + h * v_h + t * v_t + d, here, D)
         for m in range(M):
@@ -116,7 +124,12 @@ def backward(
             weight_1, weight_2 = _halves(scorer, (m * G + h) * D + d, d < D // 2, D)
             value_1, value_2 = value_1 + grad * weight_1, value_2 + grad * weight_2
         value_at = at + (H + G + h) * D
-        tl.store(out + value_at, value_1.to(out.dtype.element_ty), mask=here)
-        tl.store(out + value_at + D // 2, value_2.to(out.dtype.element_ty), mask=here)
+        if SCALED:
+            v_1, v_2 = _halves(qkv, value_at, here, D)
+            dot += (tl.sum(value_1 * v_1, 1) + tl.sum(value_2 * v_2, 1))[:, None]
+        tl.store(out + value_at, (value_1 * by).to(out.dtype.element_ty), mask=here)
+        tl.store(out + value_at + D // 2, (value_2 * by).to(out.dtype.element_ty), mask=here)
     tl.store(norms + D + places, tl.sum(sum_1, 0), mask=there)
     tl.store(norms + D + D // 2 + places, tl.sum(sum_2, 0), mask=there)
+    if SCALED:
+        tl.store(dots + n, dot, mask=n < N)
