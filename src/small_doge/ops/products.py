@@ -21,16 +21,12 @@ except PackageNotFoundError:
     QUACK = ""
 HAS_QUACK = QUACK.startswith("0.6.")  # whose products were measured and tested
 
-# Tiles (rows, columns) of what was tried on an H200 (docs/decisions.md). Two groups of four warps take turns, one at
-# its products and the other at what follows them; larger tiles leave too few registers for the longer ends.
-_TILES = {
-    "plain": (192, 128),
-    "scaled": (192, 128),
-    "gated": (192, 128),
-    "gated_backward": (128, 128),
-    "added": (128, 128),
-    "carried": (128, 128),
-}
+# Tiles (rows, columns) and how many programs, of rows or of columns, share what they copy, of what was tried on an H200
+# (docs/decisions.md). Two groups of four warps take turns, one at its products and the other at what follows them;
+# larger tiles leave too few registers for the longer ends.
+_WIDE, _SQUARE = (192, 128, 1, 2), (128, 128, 2, 1)
+_TILES = {"plain": _WIDE, "scaled": _WIDE, "gated": _WIDE}
+_TILES |= {"gated_backward": _SQUARE, "added": _SQUARE, "carried": _SQUARE}
 _FASTER_FROM = 1024  # rows and columns of a weight with which a plain product is faster; fewer were not measured
 
 
@@ -55,10 +51,8 @@ def _quack(name: str) -> Any:
     """A product of QuACK's with its tiles, imported when the first is called, as that takes seconds."""
     from quack.gemm_config import GemmConfig
 
-    rows, columns = _TILES[name]
-    config = GemmConfig(
-        tile_m=rows, tile_n=columns, cluster_m=1, cluster_n=2, pingpong=True, device_capacity=9
-    )  # two programs share what they copy of a
+    sizes = dict(zip(("tile_m", "tile_n", "cluster_m", "cluster_n"), _TILES[name], strict=True))
+    config = GemmConfig(**sizes, pingpong=True, device_capacity=9)
     # A counter hands tiles out: mostly faster, never by much slower (docs/decisions.md).
     options = {"config": config, "tuned": False, "dynamic_scheduler": True}
     return functools.partial(getattr(kernels("quack_epilogues"), name), **options)
@@ -126,13 +120,13 @@ def carried_product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """a weight + scale · grad + correction · y, and grad · y, summed over tiles of rows, (tiles, C) float32.
 
-    bfloat16 is rounded up or down as in triton_residual.py, in the same bits for the same inputs.
+    All is bfloat16 and rounded up or down, as in triton_residual.py, in the same bits for the same inputs.
 
     Args:
         a: (N, K).
         weight: (K, C).
         grad, y: (N, C).
-        scale: (C,) and correction (N,), float32.
+        scale: (C,) and correction (N,) in float32.
     """
     sums = _sums_of_columns("carried", y)
     a, weight, grad, y, scale, correction = (x.contiguous() for x in (a, weight, grad, y, scale, correction))
