@@ -103,9 +103,8 @@ def compare_layer(rows, C, width, dtype, device="cpu", compiled=False):
     made, angles = ([x.to(device, torch.float32) for x in group] for group in (made, angles))
 
     def joined_heads(q, k, v, scored):
-        return (q + k.repeat_interleave(2, 1) + v.repeat_interleave(2, 1)).transpose(1, 2).flatten(2) * scored.sum(
-            -1, keepdim=True
-        ).tanh()
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        return (q + k + v).transpose(1, 2).flatten(2) * scored.sum(-1, keepdim=True).tanh().to(q.dtype)
 
     def layer(y, norm_1, scale_1, norm_2, scale_2, qkv, q_norm, k_norm, scorer, o, gate, up, down):
         rest = (q_norm, k_norm), angles, (scorer, None), H, EPS

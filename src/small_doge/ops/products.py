@@ -37,6 +37,11 @@ def can_multiply(x: torch.Tensor, *sizes: int) -> bool:
     return _is_hopper(x.device) and all(size % 8 == 0 for size in sizes)  # it copies from multiples of 16 bytes on
 
 
+def has_products(device: torch.device) -> bool:
+    """Whether these products run on the device."""
+    return HAS_QUACK and device.type == "cuda" and _is_hopper(device)
+
+
 def lacks_quack(device: torch.device) -> bool:
     """Whether training on the device would be faster with QuACK installed."""
     return not HAS_QUACK and device.type == "cuda" and _is_hopper(device)

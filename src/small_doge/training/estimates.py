@@ -47,15 +47,22 @@ def flops_per_token(config: DogeConfig, row_length: int) -> float:
 
 
 def training_bytes(
-    config: DogeConfig, parameters: int, rows: int, row_length: int, bf16: bool, compiled: bool = False
+    config: DogeConfig,
+    parameters: int,
+    rows: int,
+    row_length: int,
+    bf16: bool,
+    compiled: bool = False,
+    in_products: bool = False,
 ) -> int:
     """An estimate of the peak memory of a training step, in bytes.
 
     Weights, gradients and two AdamW moments in float32 are 16 bytes a parameter, of all experts too: their gradients
-    and moments are dense. Logits are made a chunk at a time. For the backward pass a layer keeps of a token some 8 C
-    of hidden states, 3 (H + 2G) D of q, k, v in their stages and 4 I of the SwiGLU. Compiled, it keeps the residual
-    stream twice in float32, and in the dtype of products what these read: two normed inputs, q, k, v as projected, q
-    and k again as attention reads them, its output, and gate and up, whose product is made again. Of a SwiGLU in chunks
+    and moments are dense. Logits are made a chunk at a time. For the backward pass a layer keeps of a token some 8 C of
+    hidden states, 3 (H + 2G) D of q, k, v in their stages and 4 I of the SwiGLU. Compiled, it keeps the residual stream
+    twice in float32, and in the dtype of products what these read: two normed inputs, q, k, v as projected, q and k
+    again as attention reads them, its output, and gate and up, whose product is made again. ``in_products``, norms and
+    stream left to products (``ops.residual``), it keeps that product and no stream in float32. Of a SwiGLU in chunks
     nothing is kept. With experts, a layer keeps for a token 32 bytes for each of its k and 20 for each of the K keys of
     an axis, and in bfloat16 copies of what it routes and of both tables.
     """
@@ -64,7 +71,8 @@ def training_bytes(
     intermediate = 0 if config.chunk_size_feed_forward else config.intermediate_size
     if compiled:
         heads = (H + 2 * G) * D + (H + G) * D + H * D
-        layer = 8 * C + width * (2 * C + heads + 2 * intermediate)
+        layer = width * (2 * C + heads + 2 * intermediate)
+        layer += width * intermediate if in_products else 8 * C
     else:
         layer = width * (8 * C + 3 * (H + 2 * G) * D + 4 * intermediate)
     tables = 0
@@ -84,13 +92,21 @@ _SHARE = 0.9  # of the free memory: the estimate is within 6 % of the peak where
 
 
 def largest_micro_batch(
-    config: DogeConfig, parameters: int, rows: int, row_length: int, bf16: bool, compiled: bool, free: int | None
+    config: DogeConfig,
+    parameters: int,
+    rows: int,
+    row_length: int,
+    bf16: bool,
+    compiled: bool,
+    free: int | None,
+    in_products: bool = False,
 ) -> int:
     """The most rows to see at once: a divisor of ``rows`` whose step fits into ``free`` bytes, and is worth it.
 
     Args:
         rows: how many a device sees in an optimiser step.
         free: bytes that are there for the step; None on a CPU.
+        in_products: as of :func:`training_bytes`.
 
     Raises:
         UserError: if not even one row fits.
@@ -99,7 +115,7 @@ def largest_micro_batch(
     for count in sorted((n for n in range(1, rows + 1) if rows % n == 0), reverse=True):
         if count > 1 and count * row_length > enough:
             continue
-        needed = training_bytes(config, parameters, count, row_length, bf16, compiled)
+        needed = training_bytes(config, parameters, count, row_length, bf16, compiled, in_products)
         if free is None or needed <= _SHARE * free:
             return count
     assert free is not None
