@@ -104,7 +104,7 @@ def compare_layer(rows, C, width, dtype, device="cpu", compiled=False):
 
     def joined_heads(q, k, v, scored):
         k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-        return (q + k + v).transpose(1, 2).flatten(2) * scored.sum(-1, keepdim=True).tanh().to(q.dtype)
+        return (q + k + v).transpose(1, 2).flatten(2) * (scored.sum(-1, keepdim=True) / (8 * H)).tanh().to(q.dtype)
 
     def layer(y, norm_1, scale_1, norm_2, scale_2, qkv, q_norm, k_norm, scorer, o, gate, up, down):
         rest = (q_norm, k_norm), angles, (scorer, None), H, EPS
