@@ -139,9 +139,11 @@ def test_a_swiglu_in_products_around_what_the_library_gives(shape, compiled, aut
     assert max(compare_mlp(*shape, dtype, compiled=compiled, autocast=autocast)) < (2e-2 if autocast else 1e-6)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("shape", [((1, 1), 16, 8), ((3, 5), 16, 24), ((2, 37), 136, 264)])
+@pytest.mark.parametrize(
+    ("shape", "compiled"),
+    [(((1, 1), 16, 8), False), (((3, 5), 16, 24), False), (((3, 5), 16, 24), True), (((2, 19), 48, 136), False)],
+)
 def test_a_layer_whose_norms_and_stream_are_left_to_products(shape, compiled, dtype, tolerance):
     assert max(compare_layer(*shape, dtype, compiled=compiled)) < tolerance
 
