@@ -1,5 +1,5 @@
-"""What surrounds QuACK's products, against float64. They run on a GPU only (test_on_gpu.py takes from here): on a CPU
-what they give is computed as it is written down."""
+"""What surrounds QuACK's products, against float64. They run on a GPU only (test_products_on_gpu.py takes from here):
+on a CPU what they give is computed as it is written down."""
 
 import pytest
 import torch
