@@ -25,10 +25,23 @@ def sized(size):
         return config, sum(p.numel() for p in DogeForCausalLM(config).parameters())
 
 
-@pytest.mark.parametrize(("size", "rows", "gib", "in_products"), MEASURED)
-def test_memory_is_estimated_within_3_percent(size, rows, gib, in_products):
-    estimate = training_bytes(*sized(size), rows, 2048, bf16=True, compiled=True, in_products=in_products) / 2**30
+@pytest.mark.parametrize(("size", "rows", "gib", "products"), MEASURED)
+def test_memory_is_estimated_within_3_percent(size, rows, gib, products):
+    estimate = training_bytes(*sized(size), rows, 2048, bf16=True, compiled=True, products=products) / 2**30
     assert abs(estimate / gib - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    (
+        "options",
+        "more",
+    ),  # elements of 16 bits that a layer keeps of a token: of the SwiGLU's product, and of the stream
+    [({}, 512 - 4 * 256), ({"attention_bias": True}, 512), ({"mlp_bias": True}, 0), ({"hidden_dropout": 0.1}, 512)],
+)
+def test_what_cannot_be_left_to_products_is_counted(options, more):
+    config = config_for("20m", vocab_size=32768, **options)
+    without, found = (training_bytes(config, 0, 1, 2048, True, True, products) for products in (False, True))
+    assert found - without == 2048 * config.num_hidden_layers * 2 * more
 
 
 def test_the_largest_micro_batch_fits_divides_and_is_worth_it():

@@ -44,7 +44,7 @@ def has_products(device: torch.device) -> bool:
 
 def lacks_quack(device: torch.device) -> bool:
     """Whether training on the device would be faster with QuACK installed."""
-    return not HAS_QUACK and device.type == "cuda" and _is_hopper(device)
+    return device.type == "cuda" and _is_hopper(device) and not HAS_QUACK
 
 
 def _is_hopper(device: torch.device) -> bool:

@@ -62,7 +62,7 @@ def swiglu_mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torc
     """down (silu(gate x) · up x), by the products of products.py (which says where they run), in the dtype of x or,
     where it is on, of autocast.
 
-    silu(gate x) · up x is computed from gates and ups in float32.
+    silu(gate x) · up x is computed from gates and ups in float32, and waits for the backward pass with them.
 
     Args:
         x: (…, C), 16 bits with autocast or without.

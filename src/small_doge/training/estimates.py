@@ -53,7 +53,7 @@ def training_bytes(
     row_length: int,
     bf16: bool,
     compiled: bool = False,
-    in_products: bool = False,
+    products: bool = False,
 ) -> int:
     """An estimate of the peak memory of a training step, in bytes.
 
@@ -61,10 +61,10 @@ def training_bytes(
     and moments are dense. Logits are made a chunk at a time. For the backward pass a layer keeps of a token some 8 C of
     hidden states, 3 (H + 2G) D of q, k, v in their stages and 4 I of the SwiGLU. Compiled, it keeps the residual stream
     twice in float32, and in the dtype of products what these read: two normed inputs, q, k, v as projected, q and k
-    again as attention reads them, its output, and gate and up, whose product is made again. ``in_products``, norms and
-    stream left to products (``ops.residual``), it keeps that product and no stream in float32. Of a SwiGLU in chunks
-    nothing is kept. With experts, a layer keeps for a token 32 bytes for each of its k and 20 for each of the K keys of
-    an axis, and in bfloat16 copies of what it routes and of both tables.
+    again as attention reads them, its output, and gate and up, whose product is made again. With ``products``
+    (``ops.products``) that product is kept, and where they norm it (``ops.residual``) no stream in float32. Of a SwiGLU
+    in chunks nothing is kept. With experts, a layer keeps for a token 32 bytes for each of its k and 20 for each of the
+    K keys of an axis, and in bfloat16 copies of what it routes and of both tables.
     """
     H, G, _, D = config.heads
     C, width = config.hidden_size, 2 if bf16 else 4
@@ -72,7 +72,10 @@ def training_bytes(
     if compiled:
         heads = (H + 2 * G) * D + (H + G) * D + H * D
         layer = width * (2 * C + heads + 2 * intermediate)
-        layer += width * intermediate if in_products else 8 * C
+        products = products and not config.mlp_bias
+        apart = config.is_moe or config.hidden_dropout or config.chunk_size_feed_forward  # as of DogeDecoderLayer
+        apart = apart or config.attention_bias or not config.qk_norm
+        layer += (width * intermediate if products else 0) + (8 * C if apart or not products else 0)
     else:
         layer = width * (8 * C + 3 * (H + 2 * G) * D + 4 * intermediate)
     tables = 0
@@ -99,14 +102,14 @@ def largest_micro_batch(
     bf16: bool,
     compiled: bool,
     free: int | None,
-    in_products: bool = False,
+    products: bool = False,
 ) -> int:
     """The most rows to see at once: a divisor of ``rows`` whose step fits into ``free`` bytes, and is worth it.
 
     Args:
         rows: how many a device sees in an optimiser step.
         free: bytes that are there for the step; None on a CPU.
-        in_products: as of :func:`training_bytes`.
+        products: as of :func:`training_bytes`.
 
     Raises:
         UserError: if not even one row fits.
@@ -115,7 +118,7 @@ def largest_micro_batch(
     for count in sorted((n for n in range(1, rows + 1) if rows % n == 0), reverse=True):
         if count > 1 and count * row_length > enough:
             continue
-        needed = training_bytes(config, parameters, count, row_length, bf16, compiled, in_products)
+        needed = training_bytes(config, parameters, count, row_length, bf16, compiled, products)
         if free is None or needed <= _SHARE * free:
             return count
     assert free is not None

@@ -20,7 +20,7 @@ from .. import artifacts
 from ..data.packing import PackedTokens, collate
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
-from ..models import DogeConfig, DogeForCausalLM
+from ..models import DogeForCausalLM
 from ..ops.products import has_products, lacks_quack
 from .arguments import PretrainArguments
 from .bad_steps import BadSteps
@@ -89,8 +89,8 @@ def pretrain(args: PretrainArguments) -> Path:
     if finding:
         free = torch.cuda.mem_get_info(args.device)[0] if args.device.type == "cuda" else None
         rows, bf16, compiled = args.gradient_accumulation_steps, args.bf16, args.torch_compile
-        by = _in_products(args, model.config)
-        fits = largest_micro_batch(model.config, parameters, rows, row_length, bf16, compiled, free, by)
+        products = bf16 and has_products(args.device)
+        fits = largest_micro_batch(model.config, parameters, rows, row_length, bf16, compiled, free, products)
         args.per_device_train_batch_size = broadcast_object_list([fits])[0]
         _accumulate(args, row_length)
     # What the first process knows holds for all; none writes into the folder before every one has looked at it.
@@ -302,13 +302,6 @@ def _accumulate(args: PretrainArguments, row_length: int) -> None:
         raise UserError(str(error)) from error
 
 
-def _in_products(args: PretrainArguments, config: DogeConfig) -> bool:
-    """Whether layers will leave their norms and the residual stream to products, as of DogeDecoderLayer."""
-    more = config.is_moe or config.hidden_dropout or config.chunk_size_feed_forward
-    more = more or config.attention_bias or config.mlp_bias or not config.qk_norm
-    return args.bf16 and not more and has_products(args.device)
-
-
 def _announce(
     args: PretrainArguments,
     model: DogeForCausalLM,
@@ -323,8 +316,8 @@ def _announce(
     tokens = rows * row_length * max_steps
     epochs = tokens / (len(data) * row_length)
     micro_batch, compiled = args.train_batch_size, args.torch_compile
-    by = _in_products(args, model.config)
-    memory = training_bytes(model.config, parameters, micro_batch, row_length, args.bf16, compiled, by)
+    products = args.bf16 and has_products(args.device)
+    memory = training_bytes(model.config, parameters, micro_batch, row_length, args.bf16, compiled, products)
     if args.process_index == 0:
         print(
             f"{parameters:,} parameters, {max_steps:,} steps of {rows * row_length:,} tokens = {tokens:,} tokens "
