@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from ..ops.dynamic_mask import aged, dynamic_mask_attention
 from ..ops.heads import can_project_heads, heads_of_stream, projected_heads
 from ..ops.products import can_multiply
-from ..ops.residual import Narrow, add_product
+from ..ops.residual import Stream, add_product
 from .cache import DynamicMaskCache
 from .configuration_doge import DogeConfig
 from .masks import Visibility
@@ -95,21 +95,20 @@ class DogeAttention(nn.Module):
 
     def into_stream(
         self,
-        y: torch.Tensor,
-        narrow: Narrow,
+        stream: Stream,
         norm: torch.Tensor,
         scale: torch.Tensor,
         q_angles: tuple[torch.Tensor, torch.Tensor],
         visible: Visibility,
         output_attentions: bool,
-    ) -> tuple[torch.Tensor, Narrow, torch.Tensor | None]:
-        """scale · y + attention to RMSNorm(y) · norm, by products alone (``ops.residual``); what they take for the
-        next norm; and weights as of :meth:`forward`."""
+    ) -> tuple[Stream, torch.Tensor | None]:
+        """scale · y + attention to RMSNorm(y) · norm, by products alone (``ops.residual``), and weights as of
+        :meth:`forward`."""
         weight, _ = joined(self.q_proj, self.k_proj, self.v_proj)
-        q, k, v, dt, held = heads_of_stream(y, narrow, norm, scale, weight, *self._of_heads(q_angles))
+        q, k, v, dt, stream = heads_of_stream(stream, norm, scale, weight, *self._of_heads(q_angles))
         out, weights = self._attend(q, k, v, self.scores(v, dt), visible, **self._options(output_attentions))
-        z, after = add_product(held, scale, _side_by_side(out), self.o_proj.weight, self.config.rms_norm_eps)
-        return z, after, weights
+        o, eps = self.o_proj.weight, self.config.rms_norm_eps
+        return add_product(stream, scale, _side_by_side(out), o, eps), weights
 
     def forward(
         self,

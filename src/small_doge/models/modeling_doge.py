@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
 
 from ..ops.gpu import dtype_of_products
 from ..ops.linear_cross_entropy import IGNORED, linear_cross_entropy
-from ..ops.residual import Narrow, add_update, can_norm_and_carry, norm_and_carry
+from ..ops.residual import Stream, add_update, can_norm_and_carry, norm_and_carry
 from .attention import DogeAttention, DogeRMSNorm
 from .cache import DynamicMaskCache
 from .checkpoints import FIRST_RELEASE_NAMES, config_as_stored
@@ -33,6 +33,13 @@ from .masks import visibility
 from .moe import DogeCDMoE, DogeMLP, DogeMoEModelOutput
 from .projections import listened_to, plain
 from .rotary import rotary_angles, text_length
+
+Rest = tuple[torch.Tensor, ...]  # of a Stream, all but its first
+
+
+def whole(hidden_states: torch.Tensor, rest: Rest | None) -> torch.Tensor:
+    """What a layer has left, (…, C), with all its bits."""
+    return hidden_states if rest is None else Stream(hidden_states, *rest).whole()
 
 
 class DogeDecoderLayer(GradientCheckpointingLayer):
@@ -53,24 +60,26 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         counted: torch.Tensor | None = None,
         balanced: bool = False,
-        narrow: Narrow | None = None,
+        rest: Rest | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Narrow | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Rest | None]:
         """(B, T, C) → (B, T, C), attention weights if asked for, and of experts the router's logits and balance loss.
 
         ``counted`` and ``balanced`` are those of :class:`DogeCDMoE`, the rest is for :class:`DogeAttention`. All that
-        a layer finds out is returned, not kept: with gradient checkpointing it runs twice. ``narrow`` and the last of
-        what is returned are hidden states as products take them, where a layer leaves its norms to them.
+        a layer finds out is returned, not kept: with gradient checkpointing it runs twice. Where a layer leaves its
+        norms to products, it returns hidden states to the nearest of 16 bits, and last ``rest``, what else there is of
+        them.
         """
-        if self._in_products(hidden_states, kwargs.get("past_key_values")):
+        if self._in_products(hidden_states, rest, kwargs.get("past_key_values")):
             eps = self.self_attn.config.rms_norm_eps
-            narrow = Narrow.of(hidden_states, eps) if narrow is None else narrow
+            stream = Stream.of(hidden_states, eps) if rest is None else Stream(hidden_states, *rest)
             norm, scale = self.input_layernorm.weight, self.input_residual
             given = {name: kwargs[name] for name in ("q_angles", "visible", "output_attentions")}
-            hidden_states, narrow, weights = self.self_attn.into_stream(hidden_states, narrow, norm, scale, **given)
+            stream, weights = self.self_attn.into_stream(stream, norm, scale, **given)
             norm, scale = self.post_attention_layernorm.weight, self.post_attention_residual
-            hidden_states, narrow = self.mlp.into_stream(hidden_states, narrow, norm, scale, eps)
-            return hidden_states, weights, None, None, narrow
+            hidden_states, *found = self.mlp.into_stream(stream, norm, scale, eps)
+            return hidden_states, weights, None, None, tuple(found)
+        hidden_states = whole(hidden_states, rest)
         normed, carried = add_norm_and_scale(hidden_states, None, self.input_layernorm, self.input_residual)
         attended, weights = self.self_attn(normed, **kwargs)
         attended = F.dropout(attended, p=self.hidden_dropout, training=self.training)
@@ -89,10 +98,11 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
             hidden_states = (carried + transformed).to(hidden_states.dtype)
         return hidden_states, weights, router_logits, loss, None
 
-    def _in_products(self, x: torch.Tensor, cache: Cache | None) -> bool:
+    def _in_products(self, x: torch.Tensor, rest: Rest | None, cache: Cache | None) -> bool:
         """Whether attention and SwiGLU can leave their norms, and adding to the stream x in float32, to products."""
         mlp, norms = self.mlp, (self.input_layernorm, self.post_attention_layernorm)
-        if x.dtype != torch.float32 or not torch.is_grad_enabled() or cache is not None:
+        trains = torch.is_grad_enabled() or (self.gradient_checkpointing and self.training)  # the pass before the pass
+        if not trains or cache is not None or (rest is None and x.dtype != torch.float32) or listened_to(self):
             return False
         if type(mlp) is not DogeMLP or mlp.chunk_size or listened_to(mlp) or (self.training and self.hidden_dropout):
             return False
@@ -230,13 +240,15 @@ class DogeModel(DogePreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         balanced = config.is_moe and bool(self.training or output_router_logits)
-        hidden_states, narrow = inputs_embeds, None
+        hidden_states, rest = inputs_embeds, None
         all_hidden, all_weights, all_router_logits, losses = [], [], [], []
         for layer in self.layers:
-            all_hidden.append(hidden_states) if output_hidden_states else None
-            hidden_states, weights, router_logits, loss, narrow = layer(
+            all_hidden.append(whole(hidden_states, rest)) if output_hidden_states else None
+            if listened_to(layer):
+                hidden_states, rest = whole(hidden_states, rest), None
+            hidden_states, weights, router_logits, loss, rest = layer(
                 hidden_states,
-                narrow=narrow,
+                rest=rest,
                 counted=None if visible.key_mask is None else visible.key_mask[:, -T:],
                 balanced=balanced,
                 q_angles=q_angles,
@@ -250,7 +262,7 @@ class DogeModel(DogePreTrainedModel):
             all_weights.append(weights) if output_attentions else None
             all_router_logits.append(router_logits) if output_router_logits else None
             losses.append(loss)
-        hidden_states = self.norm(hidden_states)
+        hidden_states = self.norm(whole(hidden_states, rest))
         all_hidden.append(hidden_states) if output_hidden_states else None
 
         found: dict[str, Any] = {

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..ops.product_key import balance, experts, route
 from ..ops.products import can_multiply
-from ..ops.residual import Narrow
+from ..ops.residual import Stream
 from ..ops.swiglu import swiglu, swiglu_into_stream, swiglu_linear, swiglu_mlp
 from .configuration_doge import DogeConfig
 from .projections import better_together, plain, project_together
@@ -72,12 +72,9 @@ class DogeMLP(nn.Module):
             return False
         return can_multiply(x, down.out_features, down.in_features)
 
-    def into_stream(
-        self, y: torch.Tensor, narrow: Narrow, norm: torch.Tensor, scale: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, Narrow]:
-        """scale · y + SwiGLU of RMSNorm(y) · norm, by products alone (``ops.residual``), and what they take for the
-        next norm, of eps."""
-        return swiglu_into_stream(y, narrow, norm, scale, *self._weights(), eps)
+    def into_stream(self, stream: Stream, norm: torch.Tensor, scale: torch.Tensor, eps: float) -> Stream:
+        """scale · y + SwiGLU of RMSNorm(y) · norm, by products alone (``ops.residual``); eps is the next norm's."""
+        return swiglu_into_stream(stream, norm, scale, *self._weights(), eps)
 
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight

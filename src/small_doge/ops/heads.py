@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .gpu import kernels, usable
 from .products import multiply, scaled_product
-from .residual import Narrow, gradient_of_stream
+from .residual import Stream, gradient_of_stream
 
 _BLOCK, _WARPS = 16, 4  # tokens and warps of a program
 
@@ -56,8 +56,7 @@ def projected_heads(
 
 
 def heads_of_stream(
-    y: torch.Tensor,
-    narrow: Narrow,
+    stream: Stream,
     norm: torch.Tensor,
     scale: torch.Tensor,
     weight: torch.Tensor,
@@ -66,18 +65,18 @@ def heads_of_stream(
     scorer: tuple[torch.Tensor, torch.Tensor | None],
     H: int,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`projected_heads` of RMSNorm(y) · norm by products that do all of it (see residual.py), and y, held for
-    :func:`.residual.add_product`, whose gradient of y and of scale are given here.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Stream]:
+    """:func:`projected_heads` of RMSNorm(y) · norm of a stream y (B, T, C) by products that do all of it (see
+    residual.py), and y for :func:`.residual.add_product`, whose gradients of y and scale are given here.
 
     Args:
-        y: (B, T, C) float32, and ``narrow`` what products take for its norm.
         norm, scale: (C,), of the norm and of the stream.
         weight, norms, angles, scorer, H, eps: as there.
     """
-    dtype = narrow.y.dtype
+    dtype = stream.high.dtype
     products = [(weight * norm).to(dtype), None, *(None if x is None else x.to(dtype) for x in scorer)]
-    return _ProjectedHeads.apply(narrow.y, *products, *norms, *angles, H, eps, y, narrow.rstd, scale)
+    q, k, v, scored, high = _ProjectedHeads.apply(stream.high, *products, *norms, *angles, H, eps, stream.rstd, scale)
+    return q, k, v, scored, stream._replace(high=high)
 
 
 class _ProjectedHeads(torch.autograd.Function):
@@ -97,11 +96,10 @@ class _ProjectedHeads(torch.autograd.Function):
         sin: torch.Tensor,
         H: int,
         eps: float,
-        held: torch.Tensor | None = None,
         rstd: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """With a stream held, x is what products take for its norm, and has no gradient."""
+        """With rstd and scale, x is that of a stream, and comes out last as it is."""
         if rstd is not None:
             qkv = scaled_product(x.flatten(0, 1), rstd.flatten(), weight).view(*x.shape[:2], -1)
         elif bias is None:
@@ -113,7 +111,7 @@ class _ProjectedHeads(torch.autograd.Function):
         ctx.eps = eps
         values = qkv[..., -scorer.shape[1] :]
         heads = q, k, values.unflatten(-1, (-1, q.shape[3])).transpose(1, 2), F.linear(values, scorer, scorer_bias)
-        return heads if held is None else (*heads, held.view_as(held))
+        return heads if rstd is None else (*heads, x.view_as(x))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -125,15 +123,11 @@ class _ProjectedHeads(torch.autograd.Function):
         d_scorer = d_scored.T @ qkv[..., -scorer.shape[1] :].flatten(0, 1) if needs[3] else None
         d_scorer_bias = d_scored.sum(0) if needs[4] else None
         rest = (part.to(norm.dtype) for part, norm in zip(d_norms, norms, strict=True))
-        dx = d_held = d_scale = None
         if rstd is None:
-            dx = multiply(flat, weight).view_as(x)
+            dx, d_scale = multiply(flat, weight).view_as(x), None
         else:
-            carried = grads[4].to(x.dtype)
-            d_held, d_scale = gradient_of_stream(flat, weight, carried, scale, Narrow(x, rstd), dots)
-            d_held = d_held.to(grads[4].dtype)
-        of_heads = (d_weight, d_bias, d_scorer, d_scorer_bias, *rest, None, None, None, None)
-        return dx, *of_heads, d_held, None, d_scale
+            dx, d_scale = gradient_of_stream(flat, weight, grads[4], scale, x, rstd, dots)
+        return dx, d_weight, d_bias, d_scorer, d_scorer_bias, *rest, None, None, None, None, None, d_scale
 
 
 def _arguments(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, eps: float) -> tuple[dict[str, Any], int]:

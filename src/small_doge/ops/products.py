@@ -102,16 +102,15 @@ def gated_product_backward(
 
 @torch.library.custom_op("small_doge::added_product", mutates_args=(), device_types="cuda")
 def added_product(
-    y: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+    high: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """scale · y + x weightᵀ, y (N, C) and scale (C,) in float32, x (N, I), weight (C, I): in float32, in the dtype of
-    x, and squared and summed over tiles of columns, (N, tiles) float32."""
-    squares = _sums_of_rows("added", y, y.shape[1])
-    out = {"D": torch.empty_like(y, memory_format=torch.contiguous_format)}
-    out["narrow"] = torch.empty_like(out["D"], dtype=x.dtype)
-    x, weight, y = x.contiguous(), weight.contiguous(), y.contiguous()
-    _quack("added")(x, weight.T, y, out=out, scale=scale.contiguous(), squares=squares)
-    return out["D"], out["narrow"], squares
+    """scale · (high + low) + x weightᵀ, all of it bfloat16 but scale (C,), which is float32: high and low (N, C),
+    x (N, I), weight (C, I) → that to the nearest, and what is left of it, (N, C); and its squares in float32, summed
+    over tiles of columns, (N, tiles)."""
+    squares = _sums_of_rows("added", high, high.shape[1])
+    x, weight, high, low, scale = (a.contiguous() for a in (x, weight, high, low, scale))
+    out = _quack("added")(x, weight.T, high, rest=low, scale=scale, squares=squares)
+    return out["D"], out["low"], squares
 
 
 @torch.library.custom_op("small_doge::carried_product", mutates_args=(), device_types="cuda")
@@ -172,9 +171,9 @@ def _(grad, down, gate_up, rstd):
 
 
 @added_product.register_fake
-def _(y, scale, x, weight):
-    z = torch.empty_like(y, memory_format=torch.contiguous_format)
-    return z, torch.empty_like(z, dtype=x.dtype), _sums_of_rows("added", y, y.shape[1])
+def _(high, low, scale, x, weight):
+    z = torch.empty_like(high, memory_format=torch.contiguous_format)
+    return z, torch.empty_like(z), _sums_of_rows("added", high, high.shape[1])
 
 
 @carried_product.register_fake

@@ -5,7 +5,7 @@ side by side, that it compiles into the end of a tile. Operands are a number a r
 A module of its own, as only products.py may import it, and late: QuACK is an extra, and takes seconds.
 """
 
-from cutlass import Float32, Uint32
+from cutlass import BFloat16, Float32, Uint32
 from cutlass.cutlass_dsl import select_
 from cutlass.experimental import primitives
 from quack.activation import dswiglu, swiglu
@@ -42,14 +42,14 @@ def gated_backward(acc, c, rstd):
 
 
 @gemm_epilogue(
-    outputs=("narrow",),
-    ops={"scale": RowVecLoad("scale")},
+    outputs=("low",),
+    ops={"rest": TileLoad("rest"), "scale": RowVecLoad("scale")},
     reduces={"squares": ColVecReduce("squares", scaled=True)},
 )
-def added(acc, c, scale):
-    """Added to scale · c, stored as it is and in 16 bits, squared and summed."""
-    z = acc + c * scale
-    return {"D": z, "narrow": z, "squares": (z, z)}
+def added(acc, c, rest, scale):
+    """Added to scale · (c + rest): in bfloat16, what that leaves of it, and squared and summed."""
+    z = acc + (c + rest) * scale
+    return {"D": z, "low": z - Float32(BFloat16(z)), "squares": (z, z)}
 
 
 @gemm_epilogue(

@@ -2,7 +2,7 @@
 
 A part of a layer makes z = scale · y + F(RMSNorm(y)) of the stream y. Either a norm stands between them, and one kernel
 does its backward pass (:func:`norm_and_carry`), or products do all of it: RMSNorm(y) W = 1 / rms(y) · y (weight · W),
-so a product can take y as the one before has left it (:class:`Narrow`) and be scaled by one number a row at its end,
+so a product can take y as the one before has left it (:class:`Stream`) and be scaled by one number a row at its end,
 and the product that gives F's gradient can add to it what norm and scale · y contribute (:func:`gradient_of_stream`).
 """
 
@@ -56,46 +56,49 @@ def add_update(x: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     return x + update if x.dtype == update.dtype else _AddUpdate.apply(x, update)
 
 
-class Narrow(NamedTuple):
-    """What products take for RMSNorm(y) of a stream y (…, C). Neither has a gradient, which goes to y alone."""
+class Stream(NamedTuple):
+    """A stream y (…, C) between products, in two numbers of 16 bits: high is what they multiply, and high + low is y
+    to 16 bits of mantissa. The gradient of y is that of high, of as many bits as it; the others have none."""
 
-    y: torch.Tensor
-    """(…, C), 16 bits."""
+    high: torch.Tensor
+    """(…, C), 16 bits: y to the nearest."""
+    low: torch.Tensor
+    """(…, C), 16 bits: y − high."""
     rstd: torch.Tensor
     """(…), float32: 1 / √(mean(y²) + ε)."""
 
     @classmethod
-    def of(cls, y: torch.Tensor, eps: float) -> Narrow:
+    def of(cls, y: torch.Tensor, eps: float) -> Stream:
         """Of y in float32, in the dtype of autocast."""
-        y = y.detach()
-        return cls(y.to(dtype_of_products(y)), (y.square().mean(-1) + eps).rsqrt())
+        high, y = y.to(dtype_of_products(y)), y.detach()
+        low = (y - high.detach()).to(high.dtype)
+        return cls(high, low, (y.square().mean(-1) + eps).rsqrt())
+
+    @classmethod
+    def added(cls, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], eps: float) -> Stream:
+        """What a product has added up: high, low, and squares summed over tiles, (N, tiles)."""
+        high, low, squares = parts
+        rstd = (squares.sum(-1) / high.shape[-1] + eps).rsqrt()
+        return cls(high, low, rstd.view(high.shape[:-1]))
+
+    def whole(self) -> torch.Tensor:
+        """y in float32."""
+        return self.high.float() + self.low.float()
 
 
-def add_product(
-    held: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, Narrow]:
-    """z = scale · held + x weightᵀ, for a stream held whose gradient and that of scale are another's to give: this one
-    gives that of z, in the dtype of x, to :func:`gradient_of_stream`.
+def add_product(stream: Stream, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Stream:
+    """z = scale · y + x weightᵀ, for a stream y whose gradient and that of scale are another's to give: this one
+    gives that of z to :func:`gradient_of_stream`.
 
     The product of products.py (which says where it runs) adds in float32.
 
     Args:
-        held: (…, C) float32.
         scale: (C,) float32.
         x: (…, I) of 16 bits.
         weight: (C, I), of any dtype.
         eps: of the norm of z that comes next.
-
-    Returns:
-        z (…, C) float32, and what products take for its norm.
     """
-    z, narrow, squares = _AddProduct.apply(held, scale, x, weight.to(x.dtype))
-    return z, Narrow(narrow, rstd_of(squares, z, eps))
-
-
-def rstd_of(squares: torch.Tensor, z: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / √(mean(z²) + ε) of z (…, C), from its squares summed over tiles, (N, tiles)."""
-    return (squares.sum(-1) / z.shape[-1] + eps).rsqrt().view(z.shape[:-1])
+    return Stream.added(_AddProduct.apply(stream.high, stream.low, scale, x, weight.to(x.dtype)), eps)
 
 
 def gradient_of_stream(
@@ -103,10 +106,11 @@ def gradient_of_stream(
     weight: torch.Tensor,
     carried: torch.Tensor,
     scale: torch.Tensor,
-    narrow: Narrow,
+    y: torch.Tensor,
+    rstd: torch.Tensor,
     dots: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of y, in the dtype of narrow, and of scale (C,) in float32, where z = scale · y + F(u), u = rstd · y weightᵀ.
+    """Of y, in its dtype, and of scale (C,) in float32, where z = scale · y + F(u), u = rstd · y weightᵀ.
 
     With g the gradient of u and dz that of z it is rstd · g weight + scale · dz − rstd² / C · (Σ_k g_k u_k) · y: the
     last is what y does to rstd.
@@ -115,31 +119,32 @@ def gradient_of_stream(
         grad: rstd · g, (N, K) of 16 bits.
         weight: (K, C), with that of the norm in it.
         carried: gradient of z, (…, C) of 16 bits.
+        y, rstd: (…, C) of 16 bits and (…), of a :class:`Stream`.
         dots: (N,), of each row Σ_k g_k u_k.
     """
-    y, rstd = narrow.y.flatten(0, -2), narrow.rstd.flatten()
-    correction = rstd.square() * dots / -y.shape[1]
-    dy, sums = carried_product(grad, weight, carried.flatten(0, -2), scale, y, correction)
-    return dy.view_as(narrow.y), sums.sum(0)
+    correction = rstd.flatten().square() * dots / -y.shape[-1]
+    dy, sums = carried_product(grad, weight, carried.flatten(0, -2), scale, y.flatten(0, -2), correction)
+    return dy.view_as(y), sums.sum(0)
 
 
 class _AddProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, held: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+        ctx: Any, high: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(x, weight)
-        z, narrow, squares = added_product(held.flatten(0, -2), scale, x.flatten(0, -2), weight)
-        narrow = narrow.view_as(held)
-        ctx.mark_non_differentiable(narrow, squares)
-        return z.view_as(held), narrow, squares
+        rows = (a.flatten(0, -2) for a in (high, low))
+        z, rest, squares = added_product(*rows, scale, x.flatten(0, -2), weight)
+        rest = rest.view_as(low)
+        ctx.mark_non_differentiable(rest, squares)
+        return z.view_as(high), rest, squares
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad, needs = grads[0].to(x.dtype), ctx.needs_input_grad
-        d_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if needs[3] else None
-        return grad.to(grads[0].dtype), None, grad @ weight if needs[2] else None, d_weight
+        grad, needs = grads[0], ctx.needs_input_grad
+        d_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if needs[4] else None
+        return grad, None, None, grad @ weight if needs[3] else None, d_weight
 
 
 class _AddUpdate(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .gpu import dtype_of_products, kernels, usable
 from .products import added_product, gated_product, gated_product_backward, multiply
-from .residual import Narrow, gradient_of_stream, rstd_of
+from .residual import Stream, gradient_of_stream
 
 _BLOCK = 1024
 
@@ -77,28 +77,22 @@ def swiglu_mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torc
 
 
 def swiglu_into_stream(
-    y: torch.Tensor,
-    narrow: Narrow,
+    stream: Stream,
     norm: torch.Tensor,
     scale: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
     down: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, Narrow]:
-    """scale · y + :func:`swiglu_mlp` of RMSNorm(y) · norm, whose products do all of it; see residual.py.
+) -> Stream:
+    """scale · y + :func:`swiglu_mlp` of RMSNorm(y) · norm, of a stream y, whose products do all of it; see residual.py.
 
     Args:
-        y: (…, C) float32, and ``narrow`` what products take for its norm.
         norm, scale: (C,), of the norm and of the stream.
         eps: of the norm that comes next.
-
-    Returns:
-        The stream (…, C) float32, and what products take for its norm.
     """
-    weight = _in_turn(gate, up) * norm
-    z, after, squares = _SwigluIntoStream.apply(y, *narrow, weight.to(narrow.y.dtype), down.to(narrow.y.dtype), scale)
-    return z, Narrow(after, rstd_of(squares, z, eps))
+    weights = (weight.to(stream.high.dtype) for weight in (_in_turn(gate, up) * norm, down))
+    return Stream.added(_SwigluIntoStream.apply(*stream, *weights, scale), eps)
 
 
 def _in_turn(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -129,29 +123,29 @@ class _SwigluIntoStream(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        y: torch.Tensor,
-        narrow: torch.Tensor,
+        high: torch.Tensor,
+        low: torch.Tensor,
         rstd: torch.Tensor,
         weight: torch.Tensor,
         down: torch.Tensor,
         scale: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        gate_up, hidden = gated_product(narrow.flatten(0, -2), rstd.flatten(), weight)
-        z, after, squares = added_product(y.flatten(0, -2), scale, hidden, down)
-        after = after.view_as(narrow)
-        ctx.save_for_backward(narrow, rstd, weight, down, scale, gate_up, hidden)
-        ctx.mark_non_differentiable(after, squares)
-        return z.view_as(y), after, squares
+        rows = high.flatten(0, -2)
+        gate_up, hidden = gated_product(rows, rstd.flatten(), weight)
+        z, rest, squares = added_product(rows, low.flatten(0, -2), scale, hidden, down)
+        rest = rest.view_as(low)
+        ctx.save_for_backward(high, rstd, weight, down, scale, gate_up, hidden)
+        ctx.mark_non_differentiable(rest, squares)
+        return z.view_as(high), rest, squares
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *narrow, weight, down, scale, gate_up, hidden = ctx.saved_tensors
-        stream, needs = Narrow(*narrow), ctx.needs_input_grad
-        grad = grads[0].to(stream.y.dtype).flatten(0, -2)
-        d_gate_up, dots = gated_product_backward(grad, down, gate_up, stream.rstd.flatten())
-        dy, d_scale = gradient_of_stream(d_gate_up, weight, grad, scale, stream, dots.sum(-1))
-        d_weight = d_gate_up.T @ stream.y.flatten(0, -2) if needs[3] else None
-        return dy.to(grads[0].dtype), None, None, d_weight, grad.T @ hidden if needs[4] else None, d_scale
+        y, rstd, weight, down, scale, gate_up, hidden = ctx.saved_tensors
+        grad, needs = grads[0].flatten(0, -2), ctx.needs_input_grad
+        d_gate_up, dots = gated_product_backward(grad, down, gate_up, rstd.flatten())
+        dy, d_scale = gradient_of_stream(d_gate_up, weight, grad, scale, y, rstd, dots.sum(-1))
+        d_weight = d_gate_up.T @ y.flatten(0, -2) if needs[3] else None
+        return dy, None, None, d_weight, grad.T @ hidden if needs[4] else None, d_scale
 
 
 @torch.library.custom_op("small_doge::swiglu", mutates_args=())
