@@ -100,8 +100,8 @@ if __name__ == "__main__":
         found["pairs_" + name] = compiled(function, capability, {"N": 2}, warps, 3, maxnreg, **blocks)
     for name in ("forward", "backward"):
         constants = {"D": 128, "BLOCK": heads._BLOCK, "HALF": 64}
-        constants |= {"M": 4, "SCALED": True} if name == "backward" else {}
-        types = dict.fromkeys("qkv dk dv d_scored scorer".split(), "*bf16") | {"eps": "fp32"}
+        constants |= {"M": 4} | ({"SCALED": True} if name == "backward" else {"WIDTH": 128, "SCORES": 16})
+        types = dict.fromkeys("qkv dk dv d_scored scorer scored".split(), "*bf16") | {"eps": "fp32"}
         types |= dict.fromkeys("q_norm k_norm cos sin norms rstd dots".split(), "*fp32")
         found["heads_" + name] = compiled(getattr(triton_heads, name), capability, constants, 4, 3, **types)
     constants, types = {"C": 768, "WIDTH": 1024}, dict.fromkeys(("d_normed", "d_carried", "dy"), "*bf16")

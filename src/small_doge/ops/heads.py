@@ -106,11 +106,11 @@ class _ProjectedHeads(torch.autograd.Function):
             qkv = multiply(x.flatten(0, 1), weight.T).view(*x.shape[:2], -1)
         else:
             qkv = F.linear(x, weight, bias)
-        q, k = _forward(qkv, q_norm, k_norm, cos, sin, H, eps)
+        q, k, scored = _forward(qkv, q_norm, k_norm, cos, sin, scorer, H, eps)
         ctx.save_for_backward(x, weight, qkv, q_norm, k_norm, cos, sin, scorer, rstd, scale)
         ctx.eps = eps
-        values = qkv[..., -scorer.shape[1] :]
-        heads = q, k, values.unflatten(-1, (-1, q.shape[3])).transpose(1, 2), F.linear(values, scorer, scorer_bias)
+        v = qkv[..., -scorer.shape[1] :].unflatten(-1, (-1, q.shape[3])).transpose(1, 2)
+        heads = q, k, v, scored if scorer_bias is None else scored + scorer_bias
         return heads if rstd is None else (*heads, x.view_as(x))
 
     @staticmethod
@@ -130,21 +130,28 @@ class _ProjectedHeads(torch.autograd.Function):
         return dx, d_weight, d_bias, d_scorer, d_scorer_bias, *rest, None, None, None, None, None, d_scale
 
 
-def _arguments(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, eps: float) -> tuple[dict[str, Any], int]:
+def _power_of_2(x: int) -> int:
+    """The smallest that is not below."""
+    return 1 << (x - 1).bit_length()
+
+
+def _arguments(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, scorer: torch.Tensor, eps: float
+) -> tuple[dict[str, Any], int]:
     """What both kernels take besides tensors, and how many programs there are."""
     B, H, T, D = q.shape
     N = B * T
     arguments = {"N": N, "T": T, "angle_stride": 0 if cos.shape[0] == 1 else T * (D // 2), "eps": eps}
-    arguments |= {"H": H, "G": k.shape[1], "D": D, "BLOCK": _BLOCK, "HALF": 1 << (D // 2 - 1).bit_length()}
-    arguments["num_warps"] = _WARPS
+    arguments |= {"H": H, "G": k.shape[1], "D": D, "BLOCK": _BLOCK, "HALF": _power_of_2(D // 2)}
+    arguments |= {"M": scorer.shape[0], "num_warps": _WARPS}
     return arguments, -(-N // _BLOCK)
 
 
-def _empty(qkv: torch.Tensor, H: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised (B, H, T, D) and (B, G, T, D), the heads of a position side by side."""
+def _empty(qkv: torch.Tensor, H: int, D: int, M: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Uninitialised (B, H, T, D) and (B, G, T, D), the heads of a position side by side, and (B, T, M)."""
     G = (qkv.shape[2] // D - H) // 2
     q, k = (qkv.new_empty(*qkv.shape[:2], heads, D).transpose(1, 2) for heads in (H, G))
-    return q, k
+    return q, k, qkv.new_empty(*qkv.shape[:2], M)
 
 
 @torch.library.custom_op("small_doge::norm_and_rotate", mutates_args=())
@@ -154,18 +161,23 @@ def _forward(
     k_norm: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    scorer: torch.Tensor,
     H: int,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (B, H, T, D) and k (B, G, T, D) of qkv (B, T, (H + 2 G)·D)."""
-    q, k = _empty(qkv, H, q_norm.shape[0])
-    arguments, programs = _arguments(q, k, cos, eps)
-    inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin))
-    kernels("triton_heads").forward[(programs,)](*inputs, q, k, **arguments)
-    return q, k
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (B, H, T, D), k (B, G, T, D) and the layer of v (B, T, M) of qkv (B, T, (H + 2 G)·D)."""
+    q, k, scored = _empty(qkv, H, q_norm.shape[0], scorer.shape[0])
+    arguments, programs = _arguments(q, k, cos, scorer, eps)
+    # what tensor cores multiply has sides of at least 16
+    arguments |= {"WIDTH": max(16, _power_of_2(arguments["D"])), "SCORES": max(16, _power_of_2(arguments["M"]))}
+    inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin, scorer))
+    kernels("triton_heads").forward[(programs,)](*inputs, q, k, scored, **arguments)
+    return q, k, scored
 
 
-_forward.register_fake(lambda qkv, q_norm, k_norm, cos, sin, H, eps: _empty(qkv, H, q_norm.shape[0]))
+@_forward.register_fake
+def _(qkv, q_norm, k_norm, cos, sin, scorer, H, eps):
+    return _empty(qkv, H, q_norm.shape[0], scorer.shape[0])
 
 
 @torch.library.custom_op("small_doge::norm_and_rotate_backward", mutates_args=())
@@ -185,14 +197,14 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradient of qkv, those of both norms (2, D) in float32, in the same bits for the same inputs, and with rstd,
     of a product that was scaled by it, the first times rstd, and for each token the sum of gradients and qkv (B·T,)."""
-    arguments, programs = _arguments(dq, dk, cos, eps)
+    arguments, programs = _arguments(dq, dk, cos, scorer, eps)
     out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     norms = torch.empty(programs, 2, arguments["D"], dtype=torch.float32, device=qkv.device)
     dots = norms.new_empty(0 if rstd is None else arguments["N"])
     inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin, d_scored, scorer, dots if rstd is None else rstd))
     grads = [x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv)]
     strides = [stride for x in grads for stride in x.stride()[:3]]
-    arguments |= {"M": scorer.shape[0], "SCALED": rstd is not None}
+    arguments["SCALED"] = rstd is not None
     kernels("triton_heads").backward[(programs,)](*inputs, *grads, out, norms, dots, *strides, **arguments)
     return out, norms.sum(0), dots
 

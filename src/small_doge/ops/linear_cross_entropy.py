@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .gpu import kernels, usable
+from .products import multiply
 
 IGNORED = -100
 # Logits that are in flight at once: on a CPU they should stay in its cache, on a GPU fill the chip.
@@ -107,12 +108,11 @@ def _in_kernels(
     hidden_grad = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else weight.new_empty(0)
     losses = torch.empty(N, dtype=torch.float32, device=hidden.device)
-    buffer = hidden.new_empty(rows, V)
     block = min(_BLOCK, 1 << (V - 1).bit_length())
     run: Any = kernels("triton_cross_entropy")
     for start in range(0, N, rows):
         h, label = hidden[start : start + rows], labels[start : start + rows]
-        logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])
+        logits = multiply(h, weight.T)
         run.logits_to_gradient[(h.shape[0],)](
             logits, label, losses[start:], denominator, V, V,
             IGNORED=IGNORED, BLOCK=block, GRADIENT=wants_gradient, num_warps=8,
@@ -120,6 +120,7 @@ def _in_kernels(
         if wants_gradient:
             torch.mm(logits, weight, out=hidden_grad[start : start + rows])
             _add_product(weight_grad, logits.T, h)
+        del logits  # or the next were beside them
     return losses.sum() / denominator, hidden_grad, weight_grad.to(weight.dtype)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .gpu import dtype_of_products, kernels, usable
-from .products import added_product, carried_product
+from .products import added_product, carried_product, multiply
 
 
 def can_norm_and_carry(x: torch.Tensor, *weights: torch.Tensor) -> bool:
@@ -144,7 +144,8 @@ class _AddProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad, needs = grads[0], ctx.needs_input_grad
         d_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if needs[4] else None
-        return grad, None, None, grad @ weight if needs[3] else None, d_weight
+        dx = multiply(grad.flatten(0, -2), weight).view_as(x) if needs[3] else None
+        return grad, None, None, dx, d_weight
 
 
 class _AddUpdate(torch.autograd.Function):

@@ -45,18 +45,27 @@ def _norm_and_rotate(x, x_at, out, out_at, weight, cos, sin, here, d, eps, D: tl
 
 @triton.jit
 def forward(
-    qkv, q_norm, k_norm, cos, sin, q, k,
-    N, T, angle_stride, eps, H, G, D: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    qkv, q_norm, k_norm, cos, sin, scorer, q, k, scored,
+    N, T, angle_stride, eps, H, G, M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    WIDTH: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    """q (N, H, D) and k (N, G, D) of their parts of qkv."""
+    """q (N, H, D) and k (N, G, D) of their parts of qkv, and a layer of v, scored (N, M), by its weight scorer
+    (M, G·D): here v comes from memory as fast as anything does, and a product of its own takes twice as long."""
     n, _, _, d, angle, here = _tokens(T, N, angle_stride, D, BLOCK, HALF)
     cos_t = tl.load(cos + angle, mask=here, other=0.0).to(tl.float32)
     sin_t = tl.load(sin + angle, mask=here, other=0.0).to(tl.float32)
-    qkv_at = n * (H + 2 * G) * D + d
+    at = n * (H + 2 * G) * D
     for h in range(H):
-        _norm_and_rotate(qkv, qkv_at + h * D, q, (n * H + h) * D + d, q_norm, cos_t, sin_t, here, d, eps, D)
+        _norm_and_rotate(qkv, at + h * D + d, q, (n * H + h) * D + d, q_norm, cos_t, sin_t, here, d, eps, D)
     for h in range(G):
-        _norm_and_rotate(qkv, qkv_at + (H + h) * D, k, (n * G + h) * D + d, k_norm, cos_t, sin_t, here, d, eps, D)
+        _norm_and_rotate(qkv, at + (H + h) * D + d, k, (n * G + h) * D + d, k_norm, cos_t, sin_t, here, d, eps, D)
+    c, m = tl.arange(0, WIDTH), tl.arange(0, SCORES)[None, :]
+    total = tl.zeros([BLOCK, SCORES], tl.float32)
+    for h in range(G):
+        value = tl.load(qkv + at + (H + G + h) * D + c[None, :], mask=(n < N) & (c < D)[None, :], other=0.0)
+        weight = tl.load(scorer + (m * G + h) * D + c[:, None], mask=(m < M) & (c < D)[:, None], other=0.0)
+        total = tl.dot(value, weight, total, input_precision="ieee")
+    tl.store(scored + n * M + m, total.to(scored.dtype.element_ty), mask=(n < N) & (m < M))
 
 
 @triton.jit
