@@ -43,7 +43,7 @@ def case(shape, dtype, bias=False, rows_differ=True):
     positions = torch.randint(50, (B if rows_differ else 1, T), generator=g)
     config = DogeConfig(hidden_size=H * D, num_attention_heads=H, num_key_value_heads=G)
     angles = rotary_angles(config, positions, torch.float32, None)
-    cotangents = [random(B, n, T, D).to(dtype) for n in (H, G, G)] + [random(B, T, M).to(dtype)]
+    cotangents = [random(B, n, T, D).to(dtype) for n in (H, G, G)] + [random(B, M, T).to(dtype).transpose(1, 2)]
     return [x if x is None else x.to(dtype) for x in leaves], angles, cotangents
 
 

@@ -122,7 +122,7 @@ class _ProjectedHeads(torch.autograd.Function):
         d_bias = flat.sum(0) if needs[2] else None
         d_scorer = d_scored.T @ qkv[..., -scorer.shape[1] :].flatten(0, 1) if needs[3] else None
         d_scorer_bias = d_scored.sum(0) if needs[4] else None
-        rest = (part.to(norm.dtype) for part, norm in zip(d_norms, norms, strict=True))
+        rest = (part.to(norm.dtype) for part, norm in zip(d_norms.sum(0), norms, strict=True))
         if rstd is None:
             dx, d_scale = multiply(flat, weight).view_as(x), None
         else:
@@ -195,22 +195,25 @@ def _backward(
     rstd: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradient of qkv, those of both norms (2, D) in float32, in the same bits for the same inputs, and with rstd,
-    of a product that was scaled by it, the first times rstd, and for each token the sum of gradients and qkv (B·T,)."""
+    """The gradient of qkv, those of both norms in float32 and in parts that are to be summed (programs, 2, D), in the
+    same bits for the same inputs, and with rstd, of a product that was scaled by it, the first times rstd, and for each
+    token the sum of gradients and qkv (B·T,)."""
     arguments, programs = _arguments(dq, dk, cos, scorer, eps)
     out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     norms = torch.empty(programs, 2, arguments["D"], dtype=torch.float32, device=qkv.device)
     dots = norms.new_empty(0 if rstd is None else arguments["N"])
-    inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin, d_scored, scorer, dots if rstd is None else rstd))
+    before, after = (qkv, q_norm, k_norm, cos, sin), (scorer, dots if rstd is None else rstd)
+    inputs = *(x.contiguous() for x in before), d_scored, *(x.contiguous() for x in after)
     grads = [x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv)]
-    strides = [stride for x in grads for stride in x.stride()[:3]]
+    strides = [stride for x in (*grads, d_scored) for stride in x.stride()[:3]]
     arguments["SCALED"] = rstd is not None
     kernels("triton_heads").backward[(programs,)](*inputs, *grads, out, norms, dots, *strides, **arguments)
-    return out, norms.sum(0), dots
+    return out, norms, dots
 
 
 @_backward.register_fake
 def _(dq, dk, dv, d_scored, qkv, q_norm, k_norm, cos, sin, scorer, rstd, eps):
-    norms = qkv.new_empty(2, q_norm.shape[0], dtype=torch.float32)
+    programs = -(-qkv.shape[0] * qkv.shape[1] // _BLOCK)
+    norms = qkv.new_empty(programs, 2, q_norm.shape[0], dtype=torch.float32)
     dots = norms.new_empty(0 if rstd is None else rstd.numel())
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), norms, dots

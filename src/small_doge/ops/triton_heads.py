@@ -92,14 +92,14 @@ def _back(x, grad, grad_at, out, at, weight, cos, sin, rstd, sum_1, sum_2, dots,
 @triton.jit
 def backward(
     qkv, q_norm, k_norm, cos, sin, d_scored, scorer, rstd, dq, dk, dv, out, norms, dots,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, s_b, s_t, s_m,
     N, T, angle_stride, eps, H, G, M: tl.constexpr, SCALED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
     """out, like qkv, and norms (programs, 2, D) float32: the gradients of qkv, and parts of those of both norms.
 
-    dq (B, H, T, D), dk and dv (B, G, T, D) by their strides; d_scored (N, M) of a layer of v, whose weight scorer is
-    (M, G·D). SCALED: out is multiplied by rstd (N,), and dots (N,) is the sum over a token's gradients times qkv.
+    dq (B, H, T, D), dk and dv (B, G, T, D) and d_scored (B, T, M) of a layer of v, whose weight scorer is (M, G·D), by
+    their strides. SCALED: out is multiplied by rstd (N,), and dots (N,) is the sum over a token's gradients times qkv.
     """
     n, b, t, d, angle, here = _tokens(T, N, angle_stride, D, BLOCK, HALF)
     cos_t = tl.load(cos + angle, mask=here, other=0.0).to(tl.float32)
@@ -129,7 +129,7 @@ def backward(
         )  # fmt: skip
         value_1, value_2 = _halves(dv, b * v_b + h * v_h + t * v_t + d, here, D)
         for m in range(M):
-            grad = tl.load(d_scored + n * M + m, mask=n < N, other=0.0).to(tl.float32)  # (BLOCK, 1)
+            grad = tl.load(d_scored + b * s_b + t * s_t + m * s_m, mask=n < N, other=0.0).to(tl.float32)  # (BLOCK, 1)
             weight_1, weight_2 = _halves(scorer, (m * G + h) * D + d, d < D // 2, D)
             value_1, value_2 = value_1 + grad * weight_1, value_2 + grad * weight_2
         value_at = at + (H + G + h) * D
