@@ -103,12 +103,12 @@ def test_compiled_folding_is_as_exact_as_plain():
     assert relative_error(torch.compile(folded, fullgraph=True)(q, k, v, s), expected) < 1.1 * plain < 1e-2
 
 
-@pytest.mark.parametrize("V", [1000, 32768, 50257])
+@pytest.mark.parametrize(("V", "C"), [(1000, 64), (32768, 64), (50257, 64), (32768, 1024)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_the_head_in_kernels_against_float64(V, dtype, tolerance):
+def test_the_head_in_kernels_against_float64(V, C, dtype, tolerance):
     g = torch.Generator("cuda").manual_seed(V)
-    hidden = torch.randn(9001, 64, generator=g, device="cuda").to(dtype).requires_grad_()
-    weight = (torch.randn(V, 64, generator=g, device="cuda") / 8).to(dtype).requires_grad_()
+    hidden = torch.randn(9001, C, generator=g, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(V, C, generator=g, device="cuda") / C**0.5).to(dtype).requires_grad_()
     labels = torch.randint(0, V, (9001,), generator=g, device="cuda")
     labels[::3] = -100
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
