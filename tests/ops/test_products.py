@@ -172,6 +172,37 @@ def test_the_products_are_what_torch_compile_is_told():
     torch.library.opcheck(products.product, (x, weight.T), test_utils=told)
 
 
+def leave_to_products(monkeypatch):
+    for module in (moe, attention):
+        monkeypatch.setattr(module, "better_together", lambda *_: True)
+        monkeypatch.setattr(module, "can_multiply", lambda *_: True)
+    monkeypatch.setattr(attention, "can_project_heads", lambda *_: True)
+
+
+def test_who_asks_for_hidden_states_gets_all_their_bits(monkeypatch):
+    """Of which layers hand each other two halves."""
+    model, ids, positions = tiny_doge()
+    leave_to_products(monkeypatch)
+    handed, heard = [], []
+    real = modeling_doge.whole
+    monkeypatch.setattr(modeling_doge, "whole", lambda x, rest: handed.append(x.dtype) or real(x, rest))
+
+    def found():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(input_ids=ids, position_ids=positions, use_cache=False, output_hidden_states=True)
+        return out.hidden_states[:2]
+
+    first, second = found()
+    assert first.dtype == second.dtype == torch.float32
+    assert (second != second.bfloat16()).float().mean() > 0.9
+    assert handed == [torch.float32, torch.bfloat16, torch.bfloat16]  # before either layer, and at last
+    layer = model.model.layers[1]
+    layer.register_forward_pre_hook(lambda _, args, kwargs: heard.append((*args, kwargs["rest"])), with_kwargs=True)
+    assert torch.equal(found()[1], second)
+    assert torch.equal(heard[0][0], second)
+    assert heard[0][1] is None
+
+
 @pytest.mark.parametrize("checkpointing", [False, "as PyTorch now has it", "reentrant"])
 def test_a_model_is_the_same_when_its_norms_and_stream_are_left_to_products(monkeypatch, checkpointing):
     model, ids, positions = tiny_doge()
@@ -186,10 +217,7 @@ def test_a_model_is_the_same_when_its_norms_and_stream_are_left_to_products(monk
         return [out.logits, *out.hidden_states, *(parameter.grad for parameter in model.parameters())]
 
     expected, calls = found(), []
-    for module in (moe, attention):
-        monkeypatch.setattr(module, "better_together", lambda *_: True)
-        monkeypatch.setattr(module, "can_multiply", lambda *_: True)
-    monkeypatch.setattr(attention, "can_project_heads", lambda *_: True)
+    leave_to_products(monkeypatch)
     monkeypatch.setattr(modeling_doge, "dtype_of_products", lambda _: torch.bfloat16)  # which float32 stands for
     real = products.added_product
     for where in ("swiglu", "residual"):

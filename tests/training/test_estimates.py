@@ -13,9 +13,10 @@ from small_doge.training.pretrain import pretrain
 MEASURED = [("20m", 64, 8.42, False), ("20m", 256, 31.3, False), ("60m", 64, 31.21, False), ("160m", 64, 69.52, False)]
 MEASURED += [
     ("320m", 64, 123.8, False),
-    ("60m", 64, 27.32, True),
-    ("160m", 64, 60.87, True),
-    ("320m", 64, 108.49, True),
+    ("20m", 128, 14.01, True),
+    ("60m", 64, 27.29, True),
+    ("160m", 64, 60.83, True),
+    ("320m", 64, 108.43, True),
 ]
 
 

@@ -101,7 +101,8 @@ class DogeDecoderLayer(GradientCheckpointingLayer):
     def _in_products(self, x: torch.Tensor, rest: Rest | None, cache: Cache | None) -> bool:
         """Whether attention and SwiGLU can leave their norms, and adding to the stream x in float32, to products."""
         mlp, norms = self.mlp, (self.input_layernorm, self.post_attention_layernorm)
-        trains = torch.is_grad_enabled() or (self.gradient_checkpointing and self.training)  # the pass before the pass
+        # What checkpointing computes again with gradients it computes once without.
+        trains = torch.is_grad_enabled() or (self.gradient_checkpointing and self.training)
         if not trains or cache is not None or (rest is None and x.dtype != torch.float32) or listened_to(self):
             return False
         if type(mlp) is not DogeMLP or mlp.chunk_size or listened_to(mlp) or (self.training and self.hidden_dropout):
