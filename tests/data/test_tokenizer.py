@@ -162,6 +162,13 @@ def test_training_reads_the_train_side_only(trained):
     assert record["bytes_per_token"] == pytest.approx(per_token, abs=1e-4)
 
 
+def test_without_validation_text_it_says_so(trained, tmp_path, capsys):
+    options = {"output_dir": str(tmp_path / "out"), "validation_fraction": 0.0}
+    folder = train_tokenizer(TokenizerRecipe(**{**vars(trained[0]), **options}))
+    assert capsys.readouterr().out.endswith(", no validation text\n")
+    assert json.loads((folder / "stage.json").read_text(encoding="utf-8"))["bytes_per_token"] is None
+
+
 def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 

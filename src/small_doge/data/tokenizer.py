@@ -123,10 +123,10 @@ def train_tokenizer(recipe: TokenizerRecipe) -> Path:
             facts["bytes_per_token"] = round(texts.validation_bytes / tokens, 4)
         seconds = time.perf_counter() - start
         artifacts.finish(partial, _STAGE, settings, seconds, **facts)
-    print(
-        f"wrote tokenizer {folder} in {seconds:.1f} s: {texts.count:,} documents, {texts.bytes / 1e6:,.1f} MB, "
-        f"{facts['bytes_per_token'] or '?'} bytes per token on validation text"
-    )
+    per_token = facts["bytes_per_token"]
+    measured = "no validation text" if per_token is None else f"{per_token} bytes per token on validation text"
+    size = f"{texts.count:,} documents, {texts.bytes / 1e6:,.1f} MB"
+    print(f"wrote tokenizer {folder} in {seconds:.1f} s: {size}, {measured}")
     return folder
 
 
