@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from small_doge.ops.gpu import power_of_2
+
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what a GPU's matrix products need to be deterministic
 
 pytest.importorskip("triton", reason="needs Triton, which is there on Linux only")
@@ -323,10 +325,10 @@ def main(capability):
 
     found = {"starts": take("starts", {"BLOCK": 128}, out="*i32")}
     for C, E, k in SIZES:
-        K, WIDE = int(E**0.5), fused._power(k)
+        K, WIDE = int(E**0.5), power_of_2(k, 2)
         size = f"{C} {E} {k}"
         elements, warps, stages = tiles.tokens
-        constants = {"C": C, "SLOTS": k, "WIDE": WIDE, "BLOCK_C": min(fused._power(C), elements // WIDE)}
+        constants = {"C": C, "SLOTS": k, "WIDE": WIDE, "BLOCK_C": min(power_of_2(C, 2), elements // WIDE)}
         found[f"tokens {size}"] = take("tokens", constants | {"STAGES": stages, "BACKWARD": True}, warps)
         constants = {"C": C, "SLOTS": 1024, "ROWS": elements // C, "WIDE_C": C, "STAGES": stages, "BACKWARD": True}
         found[f"tokens_of_many {size}"] = take("tokens_of_many", constants, warps)
@@ -334,7 +336,7 @@ def main(capability):
         constants = {"C": C, "SLOTS": k, "LENGTH": fused.LENGTH, "ROWS": rows, "BLOCK_C": columns, "STAGES": stages}
         found |= {f"{name} {size}": take(name, constants, warps) for name in ("crowded", "experts")}
         lanes = len(fused._pairs_of_ranks(K, k, torch.device("cpu")))
-        constants = {"SLOTS": k, "WIDE": WIDE, "KEYS": fused._power(K)}
+        constants = {"SLOTS": k, "WIDE": WIDE, "KEYS": power_of_2(K, 2)}
         found[f"retrieve_backward {size}"] = take("retrieve_backward", constants, 1)
         constants |= {"BEST": min(WIDE, constants["KEYS"]), "LANES": lanes, "TOKENS": tiles.retrieve}
         found[f"retrieve {size}"] = take("retrieve", constants, 1)

@@ -25,6 +25,11 @@ def dtype_of_products(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def power_of_2(n: int, least: int = 1) -> int:
+    """The smallest that is below neither n nor ``least``, itself one: what the sides of Triton's tiles have to be."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
 @functools.cache
 def kernels(name: str) -> ModuleType:
     """A module of kernels below ``ops``, imported when the first of them is called: Triton takes a while."""

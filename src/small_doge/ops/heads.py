@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .gpu import kernels, usable
+from .gpu import kernels, power_of_2, usable
 from .products import multiply, scaled_product
 from .residual import Stream, gradient_of_stream
 
@@ -130,11 +130,6 @@ class _ProjectedHeads(torch.autograd.Function):
         return dx, d_weight, d_bias, d_scorer, d_scorer_bias, *rest, None, None, None, None, None, d_scale
 
 
-def _power_of_2(x: int) -> int:
-    """The smallest that is not below."""
-    return 1 << (x - 1).bit_length()
-
-
 def _arguments(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, scorer: torch.Tensor, eps: float
 ) -> tuple[dict[str, Any], int]:
@@ -142,7 +137,7 @@ def _arguments(
     B, H, T, D = q.shape
     N = B * T
     arguments = {"N": N, "T": T, "angle_stride": 0 if cos.shape[0] == 1 else T * (D // 2), "eps": eps}
-    arguments |= {"H": H, "G": k.shape[1], "D": D, "BLOCK": _BLOCK, "HALF": _power_of_2(D // 2)}
+    arguments |= {"H": H, "G": k.shape[1], "D": D, "BLOCK": _BLOCK, "HALF": power_of_2(D // 2)}
     arguments |= {"M": scorer.shape[0], "num_warps": _WARPS}
     return arguments, -(-N // _BLOCK)
 
@@ -169,7 +164,7 @@ def _forward(
     q, k, scored = _empty(qkv, H, q_norm.shape[0], scorer.shape[0])
     arguments, programs = _arguments(q, k, cos, scorer, eps)
     # what tensor cores multiply has sides of at least 16
-    arguments |= {"WIDTH": max(16, _power_of_2(arguments["D"])), "SCORES": max(16, _power_of_2(arguments["M"]))}
+    arguments |= {"WIDTH": power_of_2(arguments["D"], 16), "SCORES": power_of_2(arguments["M"], 16)}
     inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin, scorer))
     kernels("triton_heads").forward[(programs,)](*inputs, q, k, scored, **arguments)
     return q, k, scored
@@ -202,10 +197,9 @@ def _backward(
     out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     norms = torch.empty(programs, 2, arguments["D"], dtype=torch.float32, device=qkv.device)
     dots = norms.new_empty(0 if rstd is None else arguments["N"])
-    before, after = (qkv, q_norm, k_norm, cos, sin), (scorer, dots if rstd is None else rstd)
-    inputs = *(x.contiguous() for x in before), d_scored, *(x.contiguous() for x in after)
-    grads = [x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv)]
-    strides = [stride for x in (*grads, d_scored) for stride in x.stride()[:3]]
+    inputs = (x.contiguous() for x in (qkv, q_norm, k_norm, cos, sin, scorer, dots if rstd is None else rstd))
+    grads = [*(x if x.stride(3) == 1 else x.contiguous() for x in (dq, dk, dv)), d_scored]
+    strides = [stride for x in grads for stride in x.stride()[:3]]
     arguments["SCALED"] = rstd is not None
     kernels("triton_heads").backward[(programs,)](*inputs, *grads, out, norms, dots, *strides, **arguments)
     return out, norms, dots

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .gpu import kernels, usable
+from .gpu import kernels, power_of_2, usable
 from .products import multiply
 
 IGNORED = -100
@@ -108,7 +108,7 @@ def _in_kernels(
     hidden_grad = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else weight.new_empty(0)
     losses = torch.empty(N, dtype=torch.float32, device=hidden.device)
-    block = min(_BLOCK, 1 << (V - 1).bit_length())
+    block = min(_BLOCK, power_of_2(V))
     run: Any = kernels("triton_cross_entropy")
     for start in range(0, N, rows):
         h, label = hidden[start : start + rows], labels[start : start + rows]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .gpu import dtype_of_products, kernels, usable
+from .gpu import dtype_of_products, kernels, power_of_2, usable
 from .products import added_product, carried_product, multiply
 
 
@@ -204,7 +204,7 @@ def _backward(
     """
     d_normed, d_carried, y = d_normed.contiguous(), d_carried.contiguous(), y.contiguous()
     C = y.shape[-1]
-    N, width = y.numel() // C, 1 << (C - 1).bit_length()
+    N, width = y.numel() // C, power_of_2(C)
     dy = torch.empty_like(d_normed)
     programs = max(1, min(N, _multiprocessors(y.device) * min(16, max(4, 4096 // width))))
     sums = torch.empty(programs, 2, C, dtype=torch.float32, device=y.device)

@@ -50,7 +50,7 @@ def forward(
     WIDTH: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """q (N, H, D) and k (N, G, D) of their parts of qkv, and a layer of v, scored (N, M), by its weight scorer
-    (M, G·D): here v comes from memory as fast as anything does, and a product of its own takes twice as long."""
+    (M, G·D), which as a product of its own takes twice as long."""
     n, _, _, d, angle, here = _tokens(T, N, angle_stride, D, BLOCK, HALF)
     cos_t = tl.load(cos + angle, mask=here, other=0.0).to(tl.float32)
     sin_t = tl.load(sin + angle, mask=here, other=0.0).to(tl.float32)
@@ -91,7 +91,7 @@ def _back(x, grad, grad_at, out, at, weight, cos, sin, rstd, sum_1, sum_2, dots,
 
 @triton.jit
 def backward(
-    qkv, q_norm, k_norm, cos, sin, d_scored, scorer, rstd, dq, dk, dv, out, norms, dots,
+    qkv, q_norm, k_norm, cos, sin, scorer, rstd, dq, dk, dv, d_scored, out, norms, dots,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, s_b, s_t, s_m,
     N, T, angle_stride, eps, H, G, M: tl.constexpr, SCALED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     HALF: tl.constexpr,

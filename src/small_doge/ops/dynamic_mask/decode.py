@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..gpu import kernels, usable
+from ..gpu import kernels, power_of_2, usable
 
 LOG2_E = 1.4426950408889634
 TILE = 128  # slots that a program of the kernel reads: many programs for the one token
@@ -49,18 +49,13 @@ def _replace_worst(
     strides = [stride for x in (new_k, new_v, new_s, new_ranks) for stride in x.stride()[:2]]
     run: Any = kernels("dynamic_mask.triton_decode")
     run.replace_worst[(B * M,)](
-        k, v, s, ranks, new_k, new_v, new_s, new_ranks, *strides, N, M, D=D, BLOCK_D=_power(D), BLOCK_N=1024
+        k, v, s, ranks, new_k, new_v, new_s, new_ranks, *strides, N, M, D=D, BLOCK_D=power_of_2(D), BLOCK_N=1024
     )
 
 
 @_replace_worst.register_fake
 def _(k, v, s, ranks, new_k, new_v, new_s, new_ranks):
     return None
-
-
-def _power(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
 
 
 def decode(
@@ -107,9 +102,9 @@ def _decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor) 
     run: Any = kernels("dynamic_mask.triton_decode")
     run.attend[(B * M, tiles)](
         q, *rows, tops, totals, parts, *q.stride()[:2], *(x.stride(1) for x in rows), N, M, D**-0.5 * LOG2_E,
-        HEADS=H // M, D=D, BLOCK_D=_power(D), BLOCK_N=TILE,
+        HEADS=H // M, D=D, BLOCK_D=power_of_2(D), BLOCK_N=TILE,
     )  # fmt: skip
-    run.combine[(B * H,)](tops, totals, parts, out, tiles, D=D, BLOCK_D=_power(D), TILES=_power(tiles))
+    run.combine[(B * H,)](tops, totals, parts, out, tiles, D=D, BLOCK_D=power_of_2(D), TILES=power_of_2(tiles))
     return out
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..gpu import kernels, usable
+from ..gpu import kernels, power_of_2, usable
 
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -101,7 +101,7 @@ def _widen(x: torch.Tensor, s: torch.Tensor | None, width: int) -> torch.Tensor:
     run: Any = kernels("dynamic_mask.triton_fold")
     run.widen[(-(-T // 32), B * N)](
         x, None if s is None else s.float().contiguous(), out, *x.stride()[:3], *out.stride()[:3], T, N, D**0.5,
-        D=D, BLOCK_D=1 << (D - 1).bit_length(), W=width, EXTRA=1 << (width - D - 1).bit_length(), ROWS=32,
+        D=D, BLOCK_D=power_of_2(D), W=width, EXTRA=power_of_2(width - D), ROWS=32,
     )  # fmt: skip
     return out
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..gpu import kernels
+from ..gpu import kernels, power_of_2
 
 LOG2_E = 1.4426950408889634
 # Tiles (queries, keys, warps, stages) of each kernel, for head sizes up to 128.
@@ -78,7 +78,7 @@ def _descriptor(x: torch.Tensor, rows: int, gluon: bool = False) -> Any:
     unit = 16 // x.element_size()  # what Hopper copies begins at multiples of 16 bytes
     if x.stride(3) != 1 or 0 in x.stride() or any(y % unit for y in x.stride()[:3]) or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    return _blocks(x, x.shape, x.stride(), [1, 1, rows, max(16, 1 << (D - 1).bit_length())], gluon)
+    return _blocks(x, x.shape, x.stride(), [1, 1, rows, power_of_2(D, 16)], gluon)
 
 
 def _rows(x: torch.Tensor, T: int, block: int, gluon: bool = False) -> Any:
@@ -105,7 +105,7 @@ def _launch(kernel: str, q: torch.Tensor, k: torch.Tensor, s: torch.Tensor) -> t
     (B, H, T, D), M = q.shape, k.shape[1]
     BLOCK_M, BLOCK_N, warps, stages = EXACT if q.dtype == torch.float32 else HOPPER[kernel]
     arguments = {"T": T, "stride": s.shape[2], "scale": D**-0.5 * LOG2_E, "M": M, "N": H // M, "D": D}
-    arguments |= {"BLOCK_D": max(16, 1 << (D - 1).bit_length()), "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+    arguments |= {"BLOCK_D": power_of_2(D, 16), "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     arguments |= {"EXACT": q.dtype == torch.float32, "num_warps": warps, "num_stages": stages}
     return arguments, (-(-T // BLOCK_N), B * M) if kernel == "backward_keys" else (-(-T // BLOCK_M), B * H)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..gpu import kernels
+from ..gpu import kernels, power_of_2
 
 CHUNK = 1024  # queries that share a list of keys
 # Tiles (queries, keys, warps, stages) of each kernel, for head sizes up to 128. The first two share their queries.
@@ -87,7 +87,7 @@ def _launch(
     chunks, old = keys.shape[1], keys.shape[2] - CHUNK
     log2_e = 1.4426950408889634
     arguments = {"T": T, "scale": D**-0.5 * log2_e, "M": M, "OLD": old, "N": H // M, "D": D}
-    arguments |= {"BLOCK_D": max(16, 1 << (D - 1).bit_length()), "CHUNK": CHUNK, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+    arguments |= {"BLOCK_D": power_of_2(D, 16), "CHUNK": CHUNK, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     arguments |= {"EXACT": q.dtype == torch.float32, "num_warps": warps, "num_stages": stages}
     if kernel != "backward_keys":
         return arguments, (-(-T // BLOCK_M), B * H)

@@ -46,11 +46,6 @@ def _tiles(device: torch.device) -> Tiles:
     return HOPPER if hopper else OTHERS
 
 
-def _power(n: int) -> int:
-    """The power of two that is n or next above."""
-    return 1 << max(1, n - 1).bit_length()
-
-
 def fused_experts(
     x: torch.Tensor,
     down: torch.Tensor,
@@ -89,7 +84,7 @@ def _tokens(
     """Launch `tokens`, or `tokens_of_many`; see there."""
     (N, C), SLOTS = v.shape, indices.shape[1]
     elements, warps, stages = _tiles(v.device).tokens
-    WIDE, WIDE_C = _power(SLOTS), _power(C)
+    WIDE, WIDE_C = gpu.power_of_2(SLOTS, 2), gpu.power_of_2(C, 2)
     kernels = _kernels()
     arguments = (v, first, second, indices, weights, h, *made, out)
     options: dict[str, Any] = {"C": C, "SLOTS": SLOTS, "STAGES": stages, "BACKWARD": backward, "num_warps": warps}
@@ -129,7 +124,7 @@ def sum_pairs(
     """Fill the gradients of the tables (E, C) from the sorted pairs."""
     (E, C), SLOTS = ddown.shape, a.shape[1]
     ROWS, columns, warps, stages = _tiles(x.device).experts
-    columns = min(columns, _power(C))
+    columns = min(columns, gpu.power_of_2(C, 2))
     blocks, whole = -(-C // columns), keys.numel() // LENGTH
     parts = torch.empty(whole, 2, C, dtype=torch.float32, device=x.device)
     sizes = {"C": C, "SLOTS": SLOTS, "LENGTH": LENGTH, "ROWS": ROWS, "BLOCK_C": columns, "STAGES": stages}
@@ -204,7 +199,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def _pairs_of_ranks(K: int, k: int, device: torch.device) -> torch.Tensor:
     """i · 65536 + j of the ranks with (i + 1)(j + 1) ≤ k, in int32; −1 up to the next power of two, at least k."""
     pairs = [i << 16 | j for i in range(min(k, K)) for j in range(min(k // (i + 1), K))]
-    pairs += [-1] * (max(_power(len(pairs)), _power(k)) - len(pairs))
+    pairs += [-1] * (max(gpu.power_of_2(len(pairs), 2), gpu.power_of_2(k, 2)) - len(pairs))
     return torch.tensor(pairs, dtype=torch.int32).to(device)
 
 
@@ -236,7 +231,7 @@ def _retrieve(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     pairs = _pairs_of_ranks(K, k, logits.device)
     scores = torch.empty(N, k, dtype=torch.float32, device=logits.device)
     indices = torch.empty(N, k, dtype=torch.int64, device=logits.device)
-    KEYS, WIDE = _power(K), _power(k)
+    KEYS, WIDE = gpu.power_of_2(K, 2), gpu.power_of_2(k, 2)
     tokens = min(_tiles(logits.device).retrieve, max(1, 512 // max(KEYS, pairs.numel())))  # what registers hold
     kernels = _kernels()
     kernels.retrieve[(-(-N // tokens),)](
@@ -256,9 +251,9 @@ def _retrieve_backward(dscores: torch.Tensor, indices: torch.Tensor, logits: tor
     """dlogits; of logits only the shape and the dtype matter."""
     dlogits = torch.empty_like(logits)
     (N, SLOTS), K = indices.shape, logits.shape[1] // 2
-    kernels, KEYS = _kernels(), _power(K)
+    kernels, KEYS = _kernels(), gpu.power_of_2(K, 2)
     # A warp unrolls WIDE · KEYS elements: at 1,024 · 32 compiling took over four minutes.
-    WIDE = min(_power(SLOTS), max(1, 4096 // KEYS))
+    WIDE = min(gpu.power_of_2(SLOTS, 2), max(1, 4096 // KEYS))
     kernels.retrieve_backward[(N,)](
         dscores.contiguous(), indices, dlogits, K, SLOTS=SLOTS, WIDE=WIDE, KEYS=KEYS, num_warps=1
     )
